@@ -1,0 +1,219 @@
+//! Natural batching: while one call is in flight the next callers queue, and when it returns they go together.
+//!
+//! No timer, so nothing is added when it is quiet; the busier it gets, the larger the batches. Almost all the cost of
+//! an order is per call, and this is the one place where calls become batches.
+//!
+//! ```text
+//!   submit ──┐                    ┌── lane 1: call([a])        one in flight …
+//!   submit ──┼──> bounded queue ──┤
+//!   submit ──┘                    └── lane 1: call([b, c, d])  … the rest together
+//! ```
+//!
+//! Promises: one result per item, in order of the call's items; a batch never exceeds `max_items`; a full queue
+//! refuses at once instead of waiting (a limit that queues is not protection); an item whose submitter went away
+//! before its batch started is not called for. Once a batch started, dropping a submitter cancels nothing.
+
+use std::{future::Future, pin::Pin, sync::Arc};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+
+/// How large, how many at once, how many waiting.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Items in one call.
+    pub max_items: usize,
+    /// Calls in flight. One gives the largest batches; a second hides the round trip.
+    pub in_flight: usize,
+    /// Items waiting; beyond it they are refused.
+    pub queue: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_items: 512, in_flight: 2, queue: 16_384 }
+    }
+}
+
+/// Why an item was not called for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// Too many are waiting. Nothing was taken (I9).
+    #[error("too many are waiting")]
+    Full,
+    /// The batcher has stopped, or its call panicked. The effect is unknown.
+    #[error("stopped")]
+    Stopped,
+}
+
+impl From<Refused> for proto::Error {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Full => proto::Error::new(proto::Reason::Overloaded, "too many requests are waiting"),
+            Refused::Stopped => proto::Error::new(proto::Reason::DependencyDown, "shutting down"),
+        }
+    }
+}
+
+struct Item<T, R> {
+    value: T,
+    span: tracing::Span,
+    reply: oneshot::Sender<R>,
+}
+
+type Call<T, R> = Arc<dyn Fn(Vec<T>) -> Pin<Box<dyn Future<Output = Vec<R>> + Send>> + Send + Sync>;
+
+/// Makes batches of single submissions. Cheap to clone.
+pub struct Batcher<T, R> {
+    queue: mpsc::Sender<Item<T, R>>,
+}
+
+impl<T, R> Clone for Batcher<T, R> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone() }
+    }
+}
+
+impl<T, R> std::fmt::Debug for Batcher<T, R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batcher").field("waiting", &(self.queue.max_capacity() - self.queue.capacity())).finish()
+    }
+}
+
+impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
+    /// Starts `limits.in_flight` workers on `tasks`; they end when the last clone is dropped and the queue is empty.
+    /// `call` must answer one result per item, in order. `name` labels the batch-size metric.
+    pub fn start<F, Fut>(name: &'static str, limits: Limits, tasks: &TaskTracker, call: F) -> Self
+    where
+        F: Fn(Vec<T>) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Vec<R>> + Send + 'static,
+    {
+        let (queue, items) = mpsc::channel(limits.queue);
+        let items = Arc::new(tokio::sync::Mutex::new(items));
+        let call: Call<T, R> = Arc::new(move |batch| Box::pin(call(batch)));
+        for _ in 0..limits.in_flight.max(1) {
+            tasks.spawn(work(name, limits.max_items.max(1), items.clone(), call.clone()));
+        }
+        Self { queue }
+    }
+
+    /// Submits one item and waits for its result.
+    pub async fn submit(&self, value: T) -> Result<R, Refused> {
+        let (reply, result) = oneshot::channel();
+        let item = Item { value, span: tracing::Span::current(), reply };
+        self.queue.try_send(item).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(_) => Refused::Full,
+            mpsc::error::TrySendError::Closed(_) => Refused::Stopped,
+        })?;
+        result.await.map_err(|_| Refused::Stopped)
+    }
+}
+
+/// One worker: take what waits, call, answer. The lock is held only while taking, so that workers take turns.
+async fn work<T: Send + 'static, R: Send + 'static>(
+    name: &'static str,
+    max_items: usize,
+    items: Arc<tokio::sync::Mutex<mpsc::Receiver<Item<T, R>>>>,
+    call: Call<T, R>,
+) {
+    let sizes = metrics::histogram!("seckill_batch_size", "batch" => name);
+    let mut taken = Vec::with_capacity(max_items);
+    loop {
+        if items.lock().await.recv_many(&mut taken, max_items).await == 0 {
+            return;
+        }
+        let mut values = Vec::with_capacity(taken.len());
+        let mut replies = Vec::with_capacity(taken.len());
+        // The batch belongs to many traces: it is a span of its own, linked to each submitter's.
+        let span = tracing::info_span!("batch", batch = name, items = tracing::field::Empty);
+        for item in taken.drain(..).filter(|item| !item.reply.is_closed()) {
+            span.follows_from(&item.span);
+            values.push(item.value);
+            replies.push(item.reply);
+        }
+        if values.is_empty() {
+            continue;
+        }
+        span.record("items", values.len());
+        sizes.record(values.len() as f64);
+        let expected = values.len();
+        // On a task of its own, so that a panic in one call fails that batch and not every later one.
+        let called = tokio::spawn(tracing::Instrument::instrument(call(values), span)).await;
+        match called {
+            Ok(results) => {
+                assert_eq!(results.len(), expected, "batch {name}: one result per item");
+                for (reply, result) in replies.into_iter().zip(results) {
+                    // Nobody waits any more: the effect stands, the answer is found by retrying.
+                    let _ = reply.send(result);
+                }
+            }
+            Err(error) => tracing::error!(batch = name, %error, "a batch's call panicked"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// A batcher whose call waits for a permit before it answers, and notes its batches' sizes.
+    fn gated(limits: Limits) -> (Batcher<u32, u32>, Arc<tokio::sync::Semaphore>, Arc<Mutex<Vec<usize>>>) {
+        let gate = Arc::new(tokio::sync::Semaphore::new(0));
+        let sizes = Arc::new(Mutex::new(Vec::new()));
+        let (call_gate, call_sizes) = (gate.clone(), sizes.clone());
+        let batcher = Batcher::start("test", limits, &TaskTracker::new(), move |items: Vec<u32>| {
+            let (gate, sizes) = (call_gate.clone(), call_sizes.clone());
+            async move {
+                sizes.lock().unwrap().push(items.len());
+                gate.acquire().await.unwrap().forget();
+                items.into_iter().map(|i| i * 2).collect()
+            }
+        });
+        (batcher, gate, sizes)
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_while_a_call_is_in_flight_goes_together() {
+        let (batcher, gate, sizes) = gated(Limits { max_items: 3, in_flight: 1, queue: 100 });
+        let submit = |i| tokio::spawn({ let b = batcher.clone(); async move { b.submit(i).await } });
+        let first = submit(0);
+        while sizes.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let rest: Vec<_> = (1..=4).map(submit).collect();
+        tokio::task::yield_now().await;
+        gate.add_permits(10);
+        assert_eq!(first.await.unwrap(), Ok(0));
+        for (i, task) in (1..).zip(rest) {
+            assert_eq!(task.await.unwrap(), Ok(i * 2));
+        }
+        assert_eq!(*sizes.lock().unwrap(), [1, 3, 1]);
+    }
+
+    #[tokio::test]
+    async fn e46_a_full_queue_refuses_at_once() {
+        let (batcher, gate, sizes) = gated(Limits { max_items: 1, in_flight: 1, queue: 1 });
+        let running = tokio::spawn({ let b = batcher.clone(); async move { b.submit(1).await } });
+        while sizes.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        let waiting = tokio::spawn({ let b = batcher.clone(); async move { b.submit(2).await } });
+        tokio::task::yield_now().await;
+        assert_eq!(batcher.submit(3).await, Err(Refused::Full));
+        gate.add_permits(10);
+        assert_eq!(running.await.unwrap(), Ok(2));
+        assert_eq!(waiting.await.unwrap(), Ok(4));
+    }
+
+    #[tokio::test]
+    async fn a_panicking_call_fails_its_batch_only() {
+        let batcher = Batcher::start("test", Limits::default(), &TaskTracker::new(), |items: Vec<u32>| async move {
+            assert!(!items.contains(&13), "unlucky");
+            items
+        });
+        assert_eq!(batcher.submit(13).await, Err(Refused::Stopped));
+        assert_eq!(batcher.submit(7).await, Ok(7));
+    }
+}

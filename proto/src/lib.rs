@@ -1,0 +1,32 @@
+//! The contract: the .proto files' generated code, the ids, the money, the error table and the names on the bus.
+//!
+//! Knows no I/O. Everything here is what two services, or a service and a client, must agree on.
+
+#![deny(missing_docs)]
+
+pub mod error;
+pub mod filter;
+pub mod ids;
+pub mod money;
+pub mod subjects;
+
+pub use error::{Error, Reason};
+pub use ids::{BuyerId, OrderId, RequestId, SaleId};
+pub use money::Money;
+
+mod generated {
+    #![allow(missing_docs, dead_code, clippy::all, reason = "generated from documented .proto files")]
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+/// The public API, package `seckill.v1`.
+pub use generated::seckill::v1;
+
+/// The services' own rpcs and the bus's messages, package `seckill.internal.v1`.
+pub use generated::seckill::internal::v1 as internal;
+
+/// The wire form of money; inside, use [`Money`].
+pub use generated::google::r#type::Money as WireMoney;
+
+/// Encoded descriptors of every .proto file, annotations included: for reflection, JSON and the OpenAPI document.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

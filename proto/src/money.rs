@@ -1,0 +1,103 @@
+//! Money: exact, one currency, never a float (E32).
+
+use crate::{
+    WireMoney,
+    error::{Error, Result},
+    internal::Amount,
+};
+
+const NANOS_PER_UNIT: i128 = 1_000_000_000;
+
+/// An amount that is not negative, in one currency, in billionths of a unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Money {
+    currency: String,
+    nanos: i128,
+}
+
+impl Money {
+    /// Checks an amount from outside. `field` is named in the error.
+    pub fn parse(field: &str, wire: &WireMoney) -> Result<Self> {
+        Self::from_parts(field, &wire.currency_code, wire.units, wire.nanos)
+    }
+
+    /// Checks an amount by its parts, from the wire or from a table. `field` is named in the error.
+    pub fn from_parts(field: &str, currency: &str, units: i64, nanos: i32) -> Result<Self> {
+        if currency.len() != 3 || !currency.bytes().all(|b| b.is_ascii_uppercase()) {
+            return Err(Error::invalid(format!("{field}.currency_code"), "must be three capital letters"));
+        }
+        if units < 0 {
+            return Err(Error::invalid(format!("{field}.units"), "must not be negative"));
+        }
+        if !(0..1_000_000_000).contains(&nanos) {
+            return Err(Error::invalid(format!("{field}.nanos"), "must be from 0 to 999999999"));
+        }
+        Ok(Self { currency: currency.to_owned(), nanos: i128::from(units) * NANOS_PER_UNIT + i128::from(nanos) })
+    }
+
+    /// This much for each of `quantity` units. Refuses what would not fit the wire form.
+    pub fn times(&self, quantity: i64) -> Result<Self> {
+        let nanos = self.nanos.checked_mul(i128::from(quantity));
+        match nanos {
+            Some(nanos) if nanos >= 0 && nanos / NANOS_PER_UNIT <= i128::from(i64::MAX) => {
+                Ok(Self { currency: self.currency.clone(), nanos })
+            }
+            _ => Err(Error::invalid("quantity", "makes the amount too large")),
+        }
+    }
+
+    /// ISO 4217.
+    pub fn currency(&self) -> &str {
+        &self.currency
+    }
+
+    /// Whole units.
+    pub fn units(&self) -> i64 {
+        // Fits: both constructors keep the whole part within i64.
+        (self.nanos / NANOS_PER_UNIT) as i64
+    }
+
+    /// The fraction, in billionths.
+    pub fn nanos(&self) -> i32 {
+        (self.nanos % NANOS_PER_UNIT) as i32
+    }
+
+    /// Nothing at all.
+    pub fn is_zero(&self) -> bool {
+        self.nanos == 0
+    }
+}
+
+impl From<&Money> for WireMoney {
+    fn from(money: &Money) -> Self {
+        Self { currency_code: money.currency.clone(), units: money.units(), nanos: money.nanos() }
+    }
+}
+
+impl From<&Money> for Amount {
+    fn from(money: &Money) -> Self {
+        Self { currency: money.currency.clone(), units: money.units(), nanos: money.nanos() }
+    }
+}
+
+impl TryFrom<&Amount> for Money {
+    type Error = Error;
+
+    fn try_from(amount: &Amount) -> Result<Self> {
+        Self::from_parts("amount", &amount.currency, amount.units, amount.nanos)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e32_cents_are_never_truncated() {
+        let price = Money::from_parts("price", "EUR", 19, 990_000_000).unwrap();
+        let amount = price.times(3).unwrap();
+        assert_eq!((amount.units(), amount.nanos()), (59, 970_000_000));
+        assert!(price.times(i64::MAX).is_err());
+        assert!(price.times(-1).is_err());
+    }
+}
