@@ -1,1 +1,64 @@
-//! placeholder
+//! The schemas: one migrator per service, on SQLite, PostgreSQL and MySQL/MariaDB.
+//!
+//! Invariants live here where a database can hold them: I1 as CHECK constraints, idempotency as unique keys. Every
+//! service's tables begin with its own name and its migrations are counted in a table of its own, so that services may
+//! share one database server, even one database, without sharing a table.
+
+#![deny(missing_docs)]
+
+use sea_orm::DatabaseConnection;
+use sea_orm_migration::{MigrationStatus, MigratorTrait};
+
+pub mod coordinator;
+pub mod order;
+pub mod payment;
+pub mod stock;
+
+/// Whose schema.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Sales, ledger, holds, outbox.
+    Stock,
+    /// Order records.
+    Order,
+    /// Payments and the simulated provider.
+    Payment,
+    /// Sagas.
+    Coordinator,
+}
+
+impl Service {
+    /// All that own a database.
+    pub const ALL: [Service; 4] = [Service::Stock, Service::Order, Service::Payment, Service::Coordinator];
+
+    /// As flags, tables and files spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Service::Stock => "stock",
+            Service::Order => "order",
+            Service::Payment => "payment",
+            Service::Coordinator => "coordinator",
+        }
+    }
+}
+
+/// Applies what is pending. Idempotent; run by one process at a time.
+pub async fn up(service: Service, db: &DatabaseConnection) -> Result<(), sea_orm::DbErr> {
+    match service {
+        Service::Stock => stock::Migrator::up(db, None).await,
+        Service::Order => order::Migrator::up(db, None).await,
+        Service::Payment => payment::Migrator::up(db, None).await,
+        Service::Coordinator => coordinator::Migrator::up(db, None).await,
+    }
+}
+
+/// Every migration's name and whether it is applied. Reads only.
+pub async fn status(service: Service, db: &DatabaseConnection) -> Result<Vec<(String, bool)>, sea_orm::DbErr> {
+    let migrations = match service {
+        Service::Stock => stock::Migrator::get_migration_with_status_read_only(db).await,
+        Service::Order => order::Migrator::get_migration_with_status_read_only(db).await,
+        Service::Payment => payment::Migrator::get_migration_with_status_read_only(db).await,
+        Service::Coordinator => coordinator::Migrator::get_migration_with_status_read_only(db).await,
+    }?;
+    Ok(migrations.iter().map(|m| (m.name().to_owned(), m.status() == MigrationStatus::Applied)).collect())
+}

@@ -1,0 +1,130 @@
+//! SQL stores: connections, transactions and what their errors mean, on SQLite, PostgreSQL and MySQL/MariaDB.
+//!
+//! - SQLite has one connection a database: writers take turns in our queue and not in its busy loop. Commits are
+//!   synced (WAL, `synchronous=FULL`), so that what was accepted survives a power cut; batching pays for it.
+//! - Transactions are READ COMMITTED on the servers (MySQL's default would read a snapshot older than the lock that
+//!   it waited for) and IMMEDIATE on SQLite.
+//! - A deadlock, a lock timeout or a serialization failure is repeated here and seen by nobody.
+
+use std::{future::Future, pin::Pin, time::Duration};
+
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IsolationLevel,
+    RuntimeErr, SqlErr, SqliteTransactionMode, TransactionOptions, TransactionTrait,
+};
+
+/// How often a transaction that lost against another is begun again.
+const ATTEMPTS: u32 = 10;
+
+/// What a store's transaction can end in.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database did not do it.
+    #[error("database: {0}")]
+    Db(#[from] DbErr),
+    /// The domain refused.
+    #[error(transparent)]
+    Domain(#[from] proto::Error),
+}
+
+impl From<Error> for proto::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Db(error) => fault(error),
+            Error::Domain(error) => error,
+        }
+    }
+}
+
+/// A database error as the caller sees it: not available. The details go to the log.
+pub fn fault(error: DbErr) -> proto::Error {
+    proto::Error::dependency("the database", error)
+}
+
+/// Opens a database by URL: `sqlite://path`, `postgres://…` or `mysql://…`. Does not migrate.
+pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
+    let mut options = ConnectOptions::new(url);
+    options.sqlx_logging(false).acquire_timeout(Duration::from_secs(5)).connect_timeout(Duration::from_secs(5));
+    if url.starts_with("sqlite:") {
+        options.max_connections(1).min_connections(1).idle_timeout(None).max_lifetime(None);
+        options.map_sqlx_sqlite_opts(|o| {
+            o.create_if_missing(true)
+                .foreign_keys(false)
+                .busy_timeout(Duration::from_secs(10))
+                .pragma("journal_mode", "WAL")
+                .pragma("synchronous", "FULL")
+                .pragma("cache_size", "-16000")
+                .pragma("wal_autocheckpoint", "4000")
+        });
+    } else {
+        options.max_connections(16).min_connections(1);
+    }
+    sea_orm::Database::connect(options).await
+}
+
+/// A boxed future that borrows a transaction.
+pub type TxFuture<'c, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'c>>;
+
+/// Runs `work` in a transaction: committed when it answers `Ok`, rolled back otherwise, begun again when it lost
+/// against another. `work` may therefore run several times and must keep no effects of its own.
+pub async fn transaction<T, F>(db: &DatabaseConnection, work: F) -> Result<T, Error>
+where
+    F: for<'c> Fn(&'c DatabaseTransaction) -> TxFuture<'c, T> + Send + Sync,
+    T: Send,
+{
+    let mut attempt = 1;
+    loop {
+        match once(db, &work).await {
+            Err(Error::Db(error)) if attempt < ATTEMPTS && lost_against_another(&error) => {
+                tracing::debug!(%error, attempt, "transaction begun again");
+                metrics::counter!("seckill_sql_retries_total").increment(1);
+                // Spread out, or the same two meet again.
+                let jitter = rand::random_range(1..=5) * u64::from(attempt);
+                tokio::time::sleep(Duration::from_millis(jitter)).await;
+                attempt += 1;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn once<T, F>(db: &DatabaseConnection, work: &F) -> Result<T, Error>
+where
+    F: for<'c> Fn(&'c DatabaseTransaction) -> TxFuture<'c, T>,
+{
+    let options = match db.get_database_backend() {
+        DbBackend::Sqlite => TransactionOptions {
+            sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate),
+            ..Default::default()
+        },
+        _ => TransactionOptions { isolation_level: Some(IsolationLevel::ReadCommitted), ..Default::default() },
+    };
+    let tx = db.begin_with_options(options).await?;
+    match work(&tx).await {
+        Ok(value) => {
+            tx.commit().await?;
+            Ok(value)
+        }
+        Err(error) => {
+            // The first error is the story; a failed rollback only means that the connection is gone.
+            let _ = tx.rollback().await;
+            Err(error)
+        }
+    }
+}
+
+/// Whether an insert met a key that was there before.
+pub fn is_duplicate(error: &DbErr) -> bool {
+    matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_)))
+}
+
+fn lost_against_another(error: &DbErr) -> bool {
+    let (DbErr::Exec(RuntimeErr::SqlxError(source)) | DbErr::Query(RuntimeErr::SqlxError(source))) = error else {
+        return false;
+    };
+    let Some(source) = source.as_database_error() else { return false };
+    let code = source.code().unwrap_or_default();
+    // PostgreSQL: serialization failure, deadlock. MySQL: deadlock (SQLSTATE 40001 too), lock wait timeout (HY000,
+    // told by its text). SQLite: busy, busy snapshot.
+    matches!(code.as_ref(), "40001" | "40P01" | "5" | "517") || source.message().contains("Lock wait timeout")
+}
