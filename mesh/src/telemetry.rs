@@ -369,6 +369,43 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    async fn the_last_spans_reach_the_collector_before_the_stop() {
+        use http_body_util::BodyExt;
+        let (sender, mut received) = tokio::sync::mpsc::unbounded_channel();
+        let collect = move |request: axum::extract::Request| async move {
+            let path = request.uri().path().to_owned();
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            let _ = sender.send((path, body));
+            // An empty message, as gRPC frames it; its missing trailers do not matter for what is shown here.
+            ([("content-type", "application/grpc")], vec![0_u8; 5])
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let server = tokio::spawn(async { axum::serve(listener, axum::Router::new().fallback(collect)).await });
+
+        let provider = exporting(&endpoint, 1.0, "seckill").unwrap();
+        let written = Written::default();
+        let writer = written.clone();
+        let args = TelemetryArgs::default();
+        let subscriber = subscriber(&args, move || writer.clone(), false, Some(&provider)).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            let span = tracing::info_span!("the last span", trace_id = tracing::field::Empty);
+            span.record("trace_id", trace_id(&span));
+            span.in_scope(|| tracing::info!("done"));
+        });
+        Guard { provider: Some(provider) }.shutdown().await;
+
+        let (path, body) = received.recv().await.unwrap();
+        assert_eq!(path, "/opentelemetry.proto.collector.trace.v1.TraceService/Export");
+        let has = |text: &[u8]| body.windows(text.len()).any(|window| window == text);
+        assert!(has(b"the last span") && has(b"service.name") && has(b"seckill"));
+        // And the log line leads to it.
+        let lines = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+        assert!(lines.contains("trace_id="), "{lines}");
+        server.abort();
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
     async fn a_collector_that_is_away_does_not_hold_up_the_stop() {
         // A bound port that nobody answers on: the connection is accepted by the kernel and stays silent.
         let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
