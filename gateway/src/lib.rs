@@ -1,1 +1,245 @@
-//! placeholder
+//! The gateway: the only door. HTTP/JSON and public gRPC on one port, with health, reflection and the API's document.
+//!
+//! It holds no truth and touches no database. What it keeps in memory ([`soldout`], [`watch`]) can be lost at any moment
+//! without a wrong answer. It knows who asks (I11), refuses what is malformed, what is too much and what is known to
+//! be in vain before anything is taken (I9), and hands on the rest.
+//!
+//! ```text
+//!   JSON ──> transcode ──┐
+//!                        ├──> layers (gate, deadline, trace) ──> front ──> service::{sales, orders, operations}
+//!   gRPC ────────────────┘
+//!   health, reflection ──────> answered at once, whatever the load (E50)
+//!   webhook ─────────────────> payment-svc, through places of its own
+//! ```
+
+#![deny(missing_docs)]
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use axum::{
+    Router,
+    extract::{Request, State},
+    response::Response,
+    routing,
+};
+use http::{HeaderValue, Method, header};
+use mesh::{
+    bus::SharedBus,
+    clock::Clock,
+    identity::Verifier,
+    layers::{self, ServerConfig},
+    lifecycle::Lifecycle,
+    link::Link,
+};
+use prost::Message;
+use proto::{
+    OrderId,
+    internal::{OrdersChanged, SaleChanged},
+    subjects::{ORDERS_CHANGED, SALES_CHANGED},
+    v1::{operations_server::OperationsServer, orders_server::OrdersServer, sales_server::SalesServer},
+};
+use tonic::service::Routes;
+use tower::ServiceExt;
+
+mod config;
+mod contract;
+mod failure;
+mod front;
+mod json;
+mod openapi;
+mod service;
+mod soldout;
+mod transcode;
+mod watch;
+mod webhook;
+
+pub use config::Config;
+
+use contract::Contract;
+use front::Front;
+use service::{
+    Callers,
+    operations::Operations,
+    orders::{LONGEST_WAIT, Links, OrderWatchers, Orders},
+    sales::{SaleWatchers, Sales},
+};
+use soldout::SoldOut;
+use transcode::Transcoder;
+use watch::{Registry, Signal};
+
+/// Bytes of one request, at most: an order is some two hundred.
+const MAX_BODY: usize = 64 * 1024;
+
+/// What the gateway stands on.
+#[derive(Clone)]
+pub struct Backends {
+    /// Where changes of orders and sales are heard of.
+    pub bus: SharedBus,
+    /// The wall clock.
+    pub clock: Clock,
+    /// Tells who calls.
+    pub verifier: Arc<Verifier>,
+    /// stock-svc.
+    pub stock: Link,
+    /// order-svc.
+    pub order: Link,
+    /// payment-svc.
+    pub payment: Link,
+    /// The coordinator.
+    pub coordinator: Link,
+}
+
+impl std::fmt::Debug for Backends {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backends").field("bus", &self.bus).field("clock", &self.clock).finish_non_exhaustive()
+    }
+}
+
+/// Every public rpc with its layers on.
+type Public = layers::Server<Front>;
+
+/// Which of the protocols a request speaks.
+#[derive(Clone)]
+struct Door {
+    json: Arc<Transcoder<Public>>,
+    public: Public,
+    /// Health and reflection.
+    tools: Routes,
+}
+
+/// Starts the gateway: listens to the bus, and answers what to serve with [`mesh::serve`].
+pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<Router> {
+    let contract = Arc::new(Contract::load().context("the public contract")?);
+    let document = openapi::document(&contract);
+
+    metrics::describe_counter!("seckill_refused_from_memory_total", "orders refused without asking, by reason");
+    let memory = Arc::new(SoldOut::default());
+    let orders_watched: OrderWatchers = Registry::new(config.max_watchers);
+    let sales_watched: SaleWatchers = Registry::new(config.max_watchers);
+    hear_orders(&backends.bus, orders_watched.clone(), life).await?;
+    hear_sales(&backends.bus, memory.clone(), sales_watched.clone(), life).await?;
+    let (fresh, soft) = (backends.verifier.clone().keep_fresh(), life.soft_token());
+    life.spawn(async move {
+        soft.run_until_cancelled(fresh).await;
+    });
+
+    let callers = Callers::new(backends.verifier);
+    let links =
+        Links { stock: backends.stock.clone(), order: backends.order, coordinator: backends.coordinator.clone() };
+    let sales = Sales::new(callers.clone(), backends.stock.clone(), sales_watched, life);
+    let orders = Orders::new(callers.clone(), memory, orders_watched, links, config.request_timeout, life);
+    let operations = Operations::new(callers, backends.coordinator, backends.stock);
+    let rpcs = Routes::new(SalesServer::new(sales).max_decoding_message_size(MAX_BODY))
+        .add_service(OrdersServer::new(orders).max_decoding_message_size(MAX_BODY))
+        .add_service(OperationsServer::new(operations).max_decoding_message_size(MAX_BODY))
+        .prepare();
+    // Reading an order takes as long as the reader waits; every other rpc has the shorter deadline of `Front`.
+    let limits =
+        ServerConfig { max_in_flight: config.max_in_flight, max_timeout: config.request_timeout + LONGEST_WAIT };
+    let public = layers::server(Front::new(rpcs, config.request_timeout), limits);
+    let door = Door { json: Arc::new(Transcoder::new(contract, public.clone())), public, tools: tools(life).await? };
+
+    let document = axum::body::Bytes::from(document);
+    let serve_document = move || {
+        let document = document.clone();
+        async move { ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], document) }
+    };
+    let webhook = webhook::Webhook::new(backends.payment, config.request_timeout);
+    Ok(Router::new()
+        .route("/openapi.json", routing::get(serve_document).fallback(only_get))
+        .route(webhook::PATH, routing::post(webhook::receive).with_state(webhook).fallback(only_post))
+        .fallback(enter)
+        .with_state(door))
+}
+
+/// gRPC goes to its services as it is, everything else is HTTP/JSON.
+async fn enter(State(door): State<Door>, request: Request) -> Response {
+    let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    if !kind.starts_with(b"application/grpc") {
+        return door.json.answer(request).await;
+    }
+    let answered = if request.uri().path().starts_with("/seckill.v1.") {
+        door.public.oneshot(request.map(tonic::body::Body::new)).await
+    } else {
+        door.tools.oneshot(request).await
+    };
+    answered.unwrap_or_else(|never| match never {}).map(axum::body::Body::new)
+}
+
+async fn only_get() -> Response {
+    failure::method_not_allowed(&[&Method::GET])
+}
+
+async fn only_post() -> Response {
+    failure::method_not_allowed(&[&Method::POST])
+}
+
+/// Health, and reflection in both versions that clients ask for. Outside of the gate: who asks whether we live must
+/// hear it most when we are busy.
+async fn tools(life: &Lifecycle) -> anyhow::Result<Routes> {
+    let (mut reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<SalesServer<Sales>>().await;
+    reporter.set_serving::<OrdersServer<Orders>>().await;
+    reporter.set_serving::<OperationsServer<Operations>>().await;
+    let soft = life.soft_token();
+    life.spawn(async move {
+        soft.cancelled().await;
+        for service in ["", "seckill.v1.Sales", "seckill.v1.Orders", "seckill.v1.Operations"] {
+            reporter.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
+            // Ends the streams of those who watch, which the graceful end of the connections would wait for.
+            reporter.clear_service_status(service).await;
+        }
+    });
+
+    let public = contract::public_descriptors()?;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(&public)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+            .include_reflection_service(false)
+    };
+    Ok(Routes::new(health).add_service(reflection().build_v1()?).add_service(reflection().build_v1alpha()?).prepare())
+}
+
+async fn hear_orders(bus: &SharedBus, watched: OrderWatchers, life: &Lifecycle) -> anyhow::Result<()> {
+    let feed = move |signal| {
+        // What is lost is read by its watchers within seconds.
+        let Signal::Came(payload) = signal else { return };
+        match OrdersChanged::decode(payload) {
+            Ok(changed) => {
+                for order in changed.orders {
+                    match OrderId::parse("order", &order.name) {
+                        Ok(id) => watched.announce(&id, &Arc::new(order)),
+                        Err(error) => tracing::warn!(%error, order = order.name, "a signal of no order"),
+                    }
+                }
+            }
+            Err(error) => tracing::warn!(%error, "an unreadable signal of orders"),
+        }
+    };
+    watch::listen(bus.clone(), ORDERS_CHANGED, life, feed).await.context("cannot listen for orders")
+}
+
+async fn hear_sales(
+    bus: &SharedBus,
+    memory: Arc<SoldOut>,
+    watched: SaleWatchers,
+    life: &Lifecycle,
+) -> anyhow::Result<()> {
+    let feed = move |signal| match signal {
+        Signal::Came(payload) => match SaleChanged::decode(payload) {
+            Ok(changed) => {
+                memory.learn(&changed);
+                let name = changed.sale.as_ref().map_or("", |sale| sale.name.as_str());
+                let id = name.strip_prefix("sales/").unwrap_or(name).to_owned();
+                watched.announce(&id, &Arc::new(changed));
+            }
+            Err(error) => tracing::warn!(%error, "an unreadable signal of a sale"),
+        },
+        Signal::Lost => memory.forget(),
+    };
+    watch::listen(bus.clone(), SALES_CHANGED, life, feed).await.context("cannot listen for sales")
+}

@@ -1,0 +1,122 @@
+//! The operators' rpcs: who asks is checked here, everything else where the saga or the ledger is.
+
+use mesh::link::Link;
+use proto::{
+    internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
+    v1::{
+        AbandonSagaRequest, DeadLetter, GetSagaRequest, ListDeadLettersRequest, ListDeadLettersResponse,
+        ListSagasRequest, ListSagasResponse, RebuildStockRequest, RedriveDeadLetterRequest, RetrySagaRequest, Saga,
+        StockReport, operations_server,
+    },
+};
+use tonic::{Request, Response, Status};
+
+use super::{Callers, answer, given, handed_on, page_size, sale};
+
+/// Serves `seckill.v1.Operations`.
+#[derive(Clone)]
+pub struct Operations {
+    callers: Callers,
+    coordinator: CoordinatorClient<Link>,
+    stock: StockClient<Link>,
+}
+
+impl Operations {
+    /// Over these links.
+    pub fn new(callers: Callers, coordinator: Link, stock: Link) -> Self {
+        Self { callers, coordinator: CoordinatorClient::new(coordinator), stock: StockClient::new(stock) }
+    }
+}
+
+#[tonic::async_trait]
+impl operations_server::Operations for Operations {
+    async fn list_sagas(&self, request: Request<ListSagasRequest>) -> Result<Response<ListSagasResponse>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.page_size = page_size(request.page_size)?;
+                handed_on(self.coordinator.clone().list_sagas(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn get_saga(&self, request: Request<GetSagaRequest>) -> Result<Response<Saga>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("saga", &request.saga)?;
+                handed_on(self.coordinator.clone().get_saga(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("saga", &request.saga)?;
+                handed_on(self.coordinator.clone().retry_saga(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn abandon_saga(&self, request: Request<AbandonSagaRequest>) -> Result<Response<Saga>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("saga", &request.saga)?;
+                given("reason", &request.reason)?;
+                handed_on(self.coordinator.clone().abandon_saga(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn list_dead_letters(
+        &self,
+        request: Request<ListDeadLettersRequest>,
+    ) -> Result<Response<ListDeadLettersResponse>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.page_size = page_size(request.page_size)?;
+                handed_on(self.coordinator.clone().list_dead_letters(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn redrive_dead_letter(
+        &self,
+        request: Request<RedriveDeadLetterRequest>,
+    ) -> Result<Response<DeadLetter>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("dead_letter", &request.dead_letter)?;
+                handed_on(self.coordinator.clone().redrive_dead_letter(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn rebuild_stock(&self, request: Request<RebuildStockRequest>) -> Result<Response<StockReport>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let sale = sale(&request.get_ref().sale)?;
+                handed_on(self.stock.clone().rebuild_stock(RebuildStockRequest { sale }).await)
+            }
+            .await,
+        )
+    }
+}

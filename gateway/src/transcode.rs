@@ -1,0 +1,205 @@
+//! HTTP/JSON as a transcoder: every request becomes a call of the very rpc that gRPC clients call.
+//!
+//! Nothing is decided here. Path variables, query parameters, the JSON body and the `Idempotency-Key` header become
+//! the request message; the call goes through the same stack as any gRPC call (gate, deadline, identity, handler); its
+//! answer becomes JSON, a stream of answers becomes server-sent events, its status becomes an error body.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, request::Parts};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use metrics::Histogram;
+use percent_encoding::percent_decode_str;
+use prost::Message;
+use prost_reflect::{DynamicMessage, FieldDescriptor, Value};
+use proto::{Error, Reason, v1::OrderState};
+use tonic::{
+    client::{Grpc, GrpcService},
+    metadata::MetadataMap,
+};
+
+use crate::{
+    MAX_BODY,
+    contract::{Contract, Match, Route, Variables},
+    failure, json,
+};
+
+mod raw;
+mod sse;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
+
+/// What a call takes along from the request's headers.
+const FORWARDED: [HeaderName; 3] =
+    [header::AUTHORIZATION, HeaderName::from_static("traceparent"), HeaderName::from_static("tracestate")];
+
+/// Serves the contract's routes by calling `rpc`.
+#[derive(Debug)]
+pub struct Transcoder<S> {
+    contract: Arc<Contract>,
+    rpc: S,
+    /// One a route, in the contract's order: looking one up by its labels costs more than recording.
+    seconds: Vec<Histogram>,
+}
+
+impl<S> Transcoder<S>
+where
+    S: GrpcService<tonic::body::Body> + Clone + Send + 'static,
+    S::ResponseBody: http_body::Body<Data = Bytes> + Send + 'static,
+    <S::ResponseBody as http_body::Body>::Error: Into<mesh::link::BoxError> + Send,
+    S::Future: Send,
+{
+    /// Over these routes, calling this stack.
+    pub fn new(contract: Arc<Contract>, rpc: S) -> Self {
+        mesh::telemetry::prometheus();
+        metrics::describe_counter!("seckill_http_requests_total", "HTTP requests answered, by route and status");
+        metrics::describe_histogram!("seckill_http_request_seconds", "time until an HTTP answer began, in seconds");
+        let seconds =
+            |route: &Route| metrics::histogram!("seckill_http_request_seconds", "route" => route.template.clone());
+        Self { seconds: contract.routes().iter().map(seconds).collect(), contract, rpc }
+    }
+
+    /// Answers a request. Never fails: what goes wrong is an answer too.
+    pub async fn answer(&self, request: http::Request<Body>) -> Response<Body> {
+        let started = Instant::now();
+        let (parts, body) = request.into_parts();
+        let (route, answer) = match self.contract.find(&parts.method, parts.uri.path()) {
+            Match::Route(index, variables) => {
+                let route = &self.contract.routes()[index];
+                let answered = self.call(route, &variables, &parts, body).await;
+                self.seconds[index].record(started.elapsed());
+                (route.template.clone(), answered.unwrap_or_else(|error| refused(&error)))
+            }
+            Match::Malformed(error) => (OTHER.into(), refused(&error)),
+            Match::OtherMethods(allowed) => (OTHER.into(), failure::method_not_allowed(&allowed)),
+            Match::Nothing => (OTHER.into(), failure::no_such_path()),
+        };
+        let code = answer.status().as_u16().to_string();
+        metrics::counter!("seckill_http_requests_total", "route" => route, "code" => code).increment(1);
+        answer
+    }
+
+    async fn call(
+        &self,
+        route: &Route,
+        variables: &Variables<'_>,
+        parts: &Parts,
+        body: Body,
+    ) -> Result<Response<Body>, Error> {
+        let mut message = if route.has_body {
+            let body = read(&parts.headers, body).await?;
+            json::read_body(&route.input, &body)?
+        } else {
+            DynamicMessage::new(route.input.clone())
+        };
+        for (name, value) in pairs(parts.uri.query().unwrap_or_default())? {
+            let Some(field) = route.query_field(&name) else {
+                return Err(Error::invalid(name, "is not a known query parameter"));
+            };
+            if message.has_field(&field) {
+                return Err(Error::invalid(field.name(), "is given twice"));
+            }
+            json::set_text(&mut message, &field, &value)?;
+        }
+        for (field, value) in variables {
+            fill(&mut message, field, value, "the path")?;
+        }
+        if let Some(field) = &route.request_id
+            && let Some(key) = parts.headers.get(IDEMPOTENCY_KEY)
+        {
+            let key = key.to_str().map_err(|_| Error::invalid(field.name(), "must be a UUID"))?;
+            fill(&mut message, field, key, "the Idempotency-Key header")?;
+        }
+
+        let call =
+            tonic::Request::from_parts(metadata(&parts.headers), Default::default(), message.encode_to_vec().into());
+        let mut grpc = Grpc::new(self.rpc.clone());
+        grpc.ready().await.map_err(|error| Error::dependency("the gateway", error.into()))?;
+        if route.rpc.is_server_streaming() {
+            let answers = grpc.server_streaming(call, route.grpc_path.clone(), raw::RawCodec).await?;
+            return Ok(sse::response(answers.into_inner(), &route.output, &parts.headers));
+        }
+        let answer = grpc.unary(call, route.grpc_path.clone(), raw::RawCodec).await?;
+        let answer = json::read_wire(&route.output, answer.into_inner())?;
+        let mut response = Response::new(Body::from(json::write(&answer)?));
+        *response.status_mut() = status(&answer, route);
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Ok(response)
+    }
+}
+
+/// The metrics' label for what is no route: callers choose paths, so paths are no labels.
+const OTHER: &str = "other";
+
+/// A new order that is accepted and not yet locked is 202; everything else that succeeds is 200.
+fn status(answer: &DynamicMessage, route: &Route) -> StatusCode {
+    let placed = Value::EnumNumber(OrderState::Placed.into());
+    let is_placed = || answer.get_field_by_name("state").is_some_and(|state| *state == placed);
+    if route.accepts && is_placed() { StatusCode::ACCEPTED } else { StatusCode::OK }
+}
+
+fn refused(error: &Error) -> Response<Body> {
+    tracing::debug!(%error, "refused");
+    failure::response(error)
+}
+
+fn metadata(headers: &HeaderMap) -> MetadataMap {
+    let mut taken = HeaderMap::with_capacity(FORWARDED.len());
+    for name in FORWARDED {
+        if let Some(value) = headers.get(&name) {
+            taken.insert(name, value.clone());
+        }
+    }
+    MetadataMap::from_headers(taken)
+}
+
+/// Sets a field from somewhere that has the last word: what the body says of it must be the same, or nothing.
+fn fill(message: &mut DynamicMessage, field: &FieldDescriptor, value: &str, source: &str) -> Result<(), Error> {
+    if message.has_field(field) && message.get_field(field).as_str() != Some(value) {
+        return Err(Error::invalid(field.name(), format!("differs from {source}")));
+    }
+    message.set_field(field, Value::String(value.to_owned()));
+    Ok(())
+}
+
+/// Reads a JSON body of at most [`MAX_BODY`].
+pub async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+    let body = read_any(headers, body).await?;
+    let is_json = |kind: &HeaderValue| {
+        let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+        kind.eq_ignore_ascii_case("application/json")
+    };
+    if !body.is_empty() && headers.get(header::CONTENT_TYPE).is_some_and(|kind| !is_json(kind)) {
+        return Err(Error::invalid("content-type", "must be application/json"));
+    }
+    Ok(body)
+}
+
+/// Reads a body of at most [`MAX_BODY`], whatever it is.
+pub async fn read_any(headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+    let too_large = || Error::new(Reason::BodyTooLarge, format!("a body has at most {MAX_BODY} bytes"));
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > MAX_BODY as u64) {
+        return Err(too_large());
+    }
+    match Limited::new(body, MAX_BODY).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
+        Err(error) => Err(Error::invalid("body", "could not be read").with_context(error)),
+    }
+}
+
+/// A query string's pairs, decoded.
+fn pairs(query: &str) -> Result<Vec<(String, String)>, Error> {
+    let decode = |text: &str| match percent_decode_str(&text.replace('+', " ")).decode_utf8() {
+        Ok(text) => Ok(text.into_owned()),
+        Err(_) => Err(Error::invalid("query", "must be UTF-8")),
+    };
+    let pair = |pair: &str| {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        Ok((decode(name)?, decode(value)?))
+    };
+    query.split('&').filter(|p| !p.is_empty()).map(pair).collect()
+}
