@@ -1,0 +1,2 @@
+-- Everybody who holds or owns something.
+return redis.call('HKEYS', BUYERS)

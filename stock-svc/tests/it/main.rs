@@ -1,0 +1,3 @@
+//! stock-svc from outside: the permits' contract on every implementation, and the whole service on every database.
+
+mod permits;
