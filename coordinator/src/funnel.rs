@@ -1,0 +1,202 @@
+//! The funnel: accepted orders become locked ones, in batches, at the rate the databases like.
+//!
+//! For a batch: one call locks it in the ledger, one writes its order records, one transaction its sagas; then its
+//! messages are acknowledged. Whatever dies in between, the messages come again, and every part answers the same again
+//! (I5, I10). A message that can never become an order goes to the dead letters at once and blocks nobody (E20); a
+//! dependency that is away is nobody's fault, and is waited for without end.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use mesh::{
+    bus::{Consumer, ConsumerSpec, Delivery, Settlement},
+    lifecycle::Lifecycle,
+};
+use prost::Message as _;
+use proto::{Error, error::Result, internal::OrderPlaced, subjects};
+
+use crate::{
+    config::Config,
+    domain::Placed,
+    engine::{
+        Saga,
+        plan::Outcome,
+        runner::{Engine, count},
+    },
+    order_saga::{Event, OrderSaga},
+    store::{Entry, Patch, Row},
+    wire::traceparent,
+};
+
+/// Longer than a batch can take with every step at its time limit.
+const ACK_WAIT: Duration = Duration::from_secs(60);
+/// Delivered and not settled, at most.
+const MAX_PENDING: usize = 10_000;
+/// How long a fetch waits for the first message.
+const FETCH_WAIT: Duration = Duration::from_secs(1);
+
+/// Opens the funnel's consumer and starts its workers.
+pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifecycle) -> Result<()> {
+    let spec = ConsumerSpec {
+        stream: subjects::ORDERS,
+        name: subjects::FUNNEL.to_owned(),
+        filter: subjects::ORDERS_PLACED_ALL.to_owned(),
+        ack_wait: ACK_WAIT,
+        // A database that is away for an hour must not turn accepted orders into dead letters.
+        max_attempts: None,
+        // Room for orders that wait for their sale's permits to be rebuilt, beside those of other sales.
+        max_pending: MAX_PENDING.max(config.funnel_batch * (config.funnel_workers + 1)),
+    };
+    let consumer = engine.context().calls.bus.consumer(spec).await?;
+    for _ in 0..config.funnel_workers.max(1) {
+        let funnel = Funnel {
+            consumer: consumer.clone(),
+            engine: engine.clone(),
+            batch: config.funnel_batch.max(1),
+            retry: Duration::from_millis(config.funnel_retry_ms),
+        };
+        let stopping = life.clone();
+        life.spawn_essential("funnel", async move { funnel.work(&stopping).await });
+    }
+    Ok(())
+}
+
+struct Funnel {
+    consumer: Arc<dyn Consumer>,
+    engine: Arc<Engine<OrderSaga>>,
+    batch: usize,
+    retry: Duration,
+}
+
+impl Funnel {
+    async fn work(&self, life: &Lifecycle) {
+        loop {
+            let fetched = tokio::select! {
+                fetched = self.consumer.fetch(self.batch, FETCH_WAIT) => fetched,
+                () = life.stopping() => return,
+            };
+            match fetched {
+                Ok(deliveries) if deliveries.is_empty() => {}
+                Ok(deliveries) => {
+                    let settlements = self.settle(deliveries).await;
+                    if let Err(error) = self.consumer.settle(settlements).await {
+                        tracing::warn!(%error, "a funnelled batch could not be settled, it comes again");
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the funnel cannot fetch");
+                    tokio::time::sleep(self.retry).await;
+                }
+            }
+        }
+    }
+
+    /// What becomes of every delivery.
+    async fn settle(&self, deliveries: Vec<Delivery>) -> Vec<(Delivery, Settlement)> {
+        let span = tracing::info_span!("funnel", items = deliveries.len());
+        let mut rows = Vec::with_capacity(deliveries.len());
+        let mut wanted = HashSet::with_capacity(deliveries.len());
+        let read: Vec<_> = deliveries
+            .into_iter()
+            .map(|delivery| {
+                let placed = read(&delivery);
+                if let Ok(placed) = &placed {
+                    let traceparent = traceparent(&delivery.headers);
+                    mesh::telemetry::link(&span, &traceparent);
+                    // The same order twice in one batch: the first one counts.
+                    if wanted.insert(placed.order_id) {
+                        rows.push(placed.row(traceparent));
+                    }
+                }
+                (delivery, placed)
+            })
+            .collect();
+        let locked = tracing::Instrument::instrument(self.lock(rows), span).await;
+        let failed = match &locked {
+            Ok(failed) => failed.clone(),
+            Err(error) => {
+                tracing::warn!(%error, orders = wanted.len(), "a batch could not be locked, it comes again");
+                wanted
+            }
+        };
+        let settlement = |delivery: &Delivery, placed: Result<Placed>| match placed {
+            Err(error) => {
+                tracing::error!(sequence = delivery.sequence, id = delivery.id, %error, "a message that is no order");
+                Settlement::DeadLetter(error.to_string())
+            }
+            Ok(placed) if failed.contains(&placed.order_id) => {
+                let doublings = delivery.attempt.saturating_sub(1).min(5);
+                Settlement::Nak(self.retry * (1 << doublings))
+            }
+            Ok(_) => Settlement::Ack,
+        };
+        read.into_iter()
+            .map(|(delivery, placed)| {
+                let settlement = settlement(&delivery, placed);
+                (delivery, settlement)
+            })
+            .collect()
+    }
+
+    /// Locks, records and writes the orders that have no saga yet. Answers those that must come again.
+    async fn lock(&self, mut rows: Vec<Row>) -> Result<HashSet<proto::OrderId>> {
+        let context = self.engine.context();
+        let ids: Vec<_> = rows.iter().map(|row| row.saga_id).collect();
+        let known = context.calls.store.load(&ids).await?;
+        rows.retain(|row| !known.contains_key(&row.saga_id));
+        let mut failed = HashSet::new();
+        if rows.is_empty() {
+            return Ok(failed);
+        }
+
+        let outcomes = self.engine.plan().action("lock").run(context, &rows).await;
+        let mut decided: Vec<(Row, Entry)> = Vec::with_capacity(rows.len());
+        for (row, outcome) in rows.iter().zip(outcomes) {
+            match self.decide(row, outcome) {
+                Ok(taken) => decided.push(taken),
+                Err(error) => {
+                    tracing::debug!(order = %row.saga_id, %error, "an order could not be locked yet");
+                    failed.insert(row.saga_id);
+                }
+            }
+        }
+
+        // Before the sagas: where a saga is, its record is.
+        let locked: Vec<Row> = decided.iter().map(|(row, _)| row.clone()).collect();
+        let recorded = self.engine.plan().action("record").run(context, &locked).await;
+        let mut written = Vec::with_capacity(decided.len());
+        for ((row, entry), outcome) in decided.into_iter().zip(recorded) {
+            if matches!(outcome, Outcome::Done(_)) {
+                written.push((row, entry));
+            } else {
+                tracing::debug!(order = %row.saga_id, ?outcome, "an order could not be recorded yet");
+                failed.insert(row.saga_id);
+            }
+        }
+
+        context.calls.store.insert(written.clone()).await?;
+        let now = context.calls.clock.now_ms();
+        let waited = metrics::histogram!("seckill_placed_to_locked_seconds");
+        for (row, _) in &written {
+            waited.record((now - row.create_at).max(0) as f64 / 1000.0);
+        }
+        count::<OrderSaga>(written.iter().map(|(row, entry)| (entry.from.as_str(), row.state.as_str())));
+        Ok(failed)
+    }
+
+    fn decide(&self, row: &Row, outcome: Outcome<Event>) -> Result<(Row, Entry)> {
+        let (event, patch): (Event, Patch) = match outcome {
+            Outcome::Done(patch) => (Event::Locked, patch),
+            Outcome::Refused(event, patch) => (event, patch),
+            Outcome::InProgress => return Err(Error::dependency("the stock service", "lock in progress")),
+            Outcome::Unknown(error) => return Err(error),
+        };
+        let illegal = || Error::internal(format!("{event:?} is not legal in {:?}", OrderSaga::START));
+        self.engine.take(row, event, &patch).ok_or_else(illegal)
+    }
+}
+
+fn read(delivery: &Delivery) -> Result<Placed> {
+    let message = OrderPlaced::decode(delivery.payload.clone())
+        .map_err(|error| Error::invalid("payload", format!("is no OrderPlaced: {error}")))?;
+    Placed::from_message(&message)
+}

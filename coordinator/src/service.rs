@@ -1,0 +1,128 @@
+//! The gRPC edge: decode, call, encode. One bad item refuses itself and none of its neighbours.
+//!
+//! Items of a call go their ways at the same time; what they need is batched underneath, with the items of other calls.
+
+use std::future::Future;
+
+use futures::future::join_all;
+use proto::{
+    Error,
+    error::Result,
+    internal::{
+        AcceptOrdersRequest, AcceptOrdersResponse, CancelOrdersRequest, CancelOrdersResponse, OrderResult,
+        PayOrdersRequest, PayOrdersResponse, coordinator_server::Coordinator, order_result,
+    },
+    v1::{
+        AbandonSagaRequest, DeadLetter, GetSagaRequest, ListDeadLettersRequest, ListDeadLettersResponse,
+        ListSagasRequest, ListSagasResponse, Order, RedriveDeadLetterRequest, RetrySagaRequest, Saga,
+    },
+};
+use tonic::{Request, Response, Status};
+use tracing::{Instrument, Span};
+
+use crate::{accept::Accept, ops::Ops, pay::Counter, wire::trace_headers};
+
+/// Items of one call.
+const ITEMS: usize = 4_096;
+
+/// The rpcs.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) accept: Accept,
+    pub(crate) counter: Counter,
+    pub(crate) ops: Ops,
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    async fn accept_orders(
+        &self,
+        request: Request<AcceptOrdersRequest>,
+    ) -> Result<Response<AcceptOrdersResponse>, Status> {
+        let items = at_most(request.into_inner().items)?;
+        let results = join_all(items.iter().map(|item| {
+            let span = item_span(tracing::info_span!("accept_order"), &item.traceparent);
+            answer(self.accept.accept(item)).instrument(span)
+        }));
+        Ok(Response::new(AcceptOrdersResponse { results: results.await }))
+    }
+
+    async fn pay_orders(&self, request: Request<PayOrdersRequest>) -> Result<Response<PayOrdersResponse>, Status> {
+        let items = at_most(request.into_inner().items)?;
+        let results = join_all(items.iter().map(|item| {
+            let span = item_span(tracing::info_span!("pay_order"), &item.traceparent);
+            answer(self.counter.pay(item)).instrument(span)
+        }));
+        Ok(Response::new(PayOrdersResponse { results: results.await }))
+    }
+
+    async fn cancel_orders(
+        &self,
+        request: Request<CancelOrdersRequest>,
+    ) -> Result<Response<CancelOrdersResponse>, Status> {
+        let items = at_most(request.into_inner().items)?;
+        let results = join_all(items.iter().map(|item| {
+            let span = item_span(tracing::info_span!("cancel_order"), &item.traceparent);
+            answer(self.counter.cancel(item)).instrument(span)
+        }));
+        Ok(Response::new(CancelOrdersResponse { results: results.await }))
+    }
+
+    async fn list_sagas(&self, request: Request<ListSagasRequest>) -> Result<Response<ListSagasResponse>, Status> {
+        Ok(Response::new(self.ops.list(request.into_inner()).await?))
+    }
+
+    async fn get_saga(&self, request: Request<GetSagaRequest>) -> Result<Response<Saga>, Status> {
+        Ok(Response::new(self.ops.get(&request.into_inner()).await?))
+    }
+
+    async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {
+        Ok(Response::new(self.ops.retry(&request.into_inner()).await?))
+    }
+
+    async fn abandon_saga(&self, request: Request<AbandonSagaRequest>) -> Result<Response<Saga>, Status> {
+        Ok(Response::new(self.ops.abandon(&request.into_inner()).await?))
+    }
+
+    async fn list_dead_letters(
+        &self,
+        request: Request<ListDeadLettersRequest>,
+    ) -> Result<Response<ListDeadLettersResponse>, Status> {
+        Ok(Response::new(self.ops.dead_letters(&request.into_inner()).await?))
+    }
+
+    async fn redrive_dead_letter(
+        &self,
+        request: Request<RedriveDeadLetterRequest>,
+    ) -> Result<Response<DeadLetter>, Status> {
+        Ok(Response::new(self.ops.redrive(&request.into_inner()).await?))
+    }
+}
+
+/// A batch carries many traces: each item goes on in its own.
+fn item_span(span: Span, traceparent: &str) -> Span {
+    mesh::telemetry::set_parent(&span, &trace_headers(traceparent));
+    span
+}
+
+async fn answer(order: impl Future<Output = Result<Order>>) -> OrderResult {
+    let result = match order.await {
+        Ok(order) => order_result::Result::Order(order),
+        Err(error) => {
+            if error.reason.is_answer() {
+                tracing::debug!(%error, "refused");
+            } else {
+                tracing::warn!(%error, "an order's call failed");
+            }
+            order_result::Result::Refused(error.into())
+        }
+    };
+    OrderResult { result: Some(result) }
+}
+
+fn at_most<T>(items: Vec<T>) -> Result<Vec<T>> {
+    if items.len() > ITEMS {
+        return Err(Error::invalid("items", format!("must be at most {ITEMS}")));
+    }
+    Ok(items)
+}
