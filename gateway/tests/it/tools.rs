@@ -91,7 +91,8 @@ async fn describing_a_service_leads_through_all_its_imports() {
     assert!(rule.contains("/v1/orders/{order}:pay"), "the annotations came through unharmed: {rule}");
 
     assert!(files(channel.clone(), "seckill.internal.v1.Stock").await.is_err(), "I11");
-    assert!(files(channel, "grpc.health.v1.Health").await.is_ok());
+    assert!(files(channel.clone(), "grpc.health.v1.Health").await.is_ok());
+    assert!(files(channel, "google.rpc.ErrorInfo").await.is_ok(), "so that clients can show details");
 }
 
 #[tokio::test]
