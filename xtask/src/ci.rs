@@ -12,6 +12,7 @@ use anyhow::Result;
 use crate::{
     process::{self, Interrupt},
     servers::{Durability, Kind, Servers},
+    withhold_settings,
 };
 
 /// Tests that need a server fail without it instead of being passed over.
@@ -38,9 +39,6 @@ pub fn test(args: &TestArgs, interrupt: &Interrupt) -> Result<ExitCode> {
         tests.arg("--workspace");
     }
     tests.args(&args.args);
-    for kind in Kind::ALL {
-        tests.env_remove(kind.test_variable());
-    }
     tests.env_remove(REQUIRE_SERVERS);
     let _servers = if args.embedded {
         None
@@ -127,6 +125,7 @@ pub fn cargo(args: &[&str]) -> Command {
             cargo.env_remove(name);
         }
     }
+    withhold_settings(&mut cargo);
     cargo.args(args);
     cargo
 }

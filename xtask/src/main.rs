@@ -10,7 +10,7 @@ mod up;
 
 use std::{
     path::{Path, PathBuf},
-    process::ExitCode,
+    process::{Command, ExitCode},
 };
 
 use anyhow::{Context, Result};
@@ -75,4 +75,16 @@ fn root() -> &'static Path {
 fn target_dir() -> Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program")?;
     Ok(program.ancestors().nth(2).context("this program is not in a target folder")?.to_owned())
+}
+
+/// Keeps from a child what this terminal may have exported to reach some mesh or server. Tuning stays.
+fn withhold_settings(command: &mut Command) -> &mut Command {
+    for (name, _) in std::env::vars_os() {
+        let Some(text) = name.to_str() else { continue };
+        let addresses = ["_URL", "_ENDPOINTS", "_LISTEN", "_DATA_DIR"];
+        if text.starts_with("SECKILL_") && addresses.iter().any(|ending| text.ends_with(ending)) {
+            command.env_remove(&name);
+        }
+    }
+    command
 }

@@ -100,9 +100,10 @@ pub fn run(command: &mut Command, interrupt: &Interrupt) -> Result<ExitStatus> {
     interrupt.check()?;
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command.stdin(Stdio::null()).process_group(0).spawn().with_context(|| format!("starting {program}"))?;
-    let mut group = Group(child);
+    let mut group = Group { leader: child, ended: false, interrupt };
     loop {
-        if let Some(status) = group.0.try_wait().with_context(|| format!("waiting for {program}"))? {
+        if let Some(status) = group.leader.try_wait().with_context(|| format!("waiting for {program}"))? {
+            group.ended = true;
             return Ok(status);
         }
         // Dropping the group stops it.
@@ -134,19 +135,27 @@ pub fn exit_code(status: ExitStatus) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
-/// A child and all that it started, gone when dropped.
-struct Group(Child);
+/// A command and all that it started, gone when dropped before its end.
+struct Group<'a> {
+    leader: Child,
+    ended: bool,
+    interrupt: &'a Interrupt,
+}
 
-impl Drop for Group {
+impl Drop for Group<'_> {
     fn drop(&mut self) {
-        let Ok(None) = self.0.try_wait() else { return };
-        let group = pid_of(&self.0);
-        // The group can end between the look and the signal: then there is nothing left to do.
-        let _ = killpg(group, Signal::SIGINT);
-        if !wait_for_exit(&mut self.0, Duration::from_secs(10), &Interrupt::default()) {
-            let _ = killpg(group, Signal::SIGKILL);
-            let _ = self.0.wait();
+        // Long enough for a package being configured, which must not be left half done; a second signal cuts it short.
+        const PATIENCE: Duration = Duration::from_secs(60);
+        if self.ended {
+            return;
         }
+        let group = pid_of(&self.leader);
+        // A group that has just ended by itself cannot be signalled, and need not be.
+        let _ = killpg(group, Signal::SIGINT);
+        wait_for_exit(&mut self.leader, PATIENCE, self.interrupt);
+        // What is left ignores SIGINT, as the background jobs of a shell do, or has lost its leader.
+        let _ = killpg(group, Signal::SIGKILL);
+        let _ = self.leader.wait();
     }
 }
 
@@ -351,18 +360,30 @@ mod tests {
     fn an_interrupt_stops_a_command_and_all_it_started() {
         let interrupt = Interrupt::default();
         let dir = tempfile::tempdir().unwrap();
-        let started = dir.path().join("started");
-        let asking = interrupt.clone();
-        let seen = started.clone();
+        let pid_file = dir.path().join("pid");
+        let (asking, written) = (interrupt.clone(), pid_file.clone());
         let asker = thread::spawn(move || {
-            wait_until(Duration::from_secs(30), &Interrupt::default(), || Ok(seen.exists())).unwrap();
+            wait_until(Duration::from_secs(30), &Interrupt::default(), || Ok(written.exists())).unwrap();
             asking.0.fetch_add(1, Ordering::SeqCst);
         });
+        // A shell's background job ignores SIGINT; renaming makes the file appear whole.
         let mut command = Command::new("sh");
-        command.args(["-c", "sleep 600 & touch \"$0\"; wait"]).arg(&started);
+        command.args(["-c", "sleep 600 & echo $! > $0.new; mv $0.new $0; wait"]).arg(&pid_file);
         let error = run(&mut command, &interrupt).unwrap_err();
         assert!(error.is::<Interrupted>());
         asker.join().unwrap();
+        let pid = Pid::from_raw(std::fs::read_to_string(&pid_file).unwrap().trim().parse().unwrap());
+        // It is not this process's child: whoever inherits it may take a moment to let go of it.
+        let gone = || Ok(!is_alive(pid));
+        assert!(wait_until(Duration::from_secs(30), &Interrupt::default(), gone).unwrap());
+    }
+
+    /// A zombie is dead, even where nobody reaps it.
+    fn is_alive(pid: Pid) -> bool {
+        match std::fs::read_to_string(format!("/proc/{pid}/stat")) {
+            Ok(stat) => !stat.contains(") Z "),
+            Err(_) => kill(pid, None).is_ok() && !Path::new("/proc/self").exists(),
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::{
     ci::{REQUIRE_SERVERS, cargo},
     process::{self, Daemon, Interrupt, daemon_command, free_port, run_quietly, tail, wait_until},
     servers::{Database, Durability, Kind, Servers},
+    withhold_settings,
 };
 
 /// What tokens are signed with unless `SECKILL_AUTH_HS256_SECRET` says otherwise. Public, so for development only.
@@ -173,18 +174,6 @@ fn database_variable(role: &str) -> String {
     format!("SECKILL_{}_DATABASE_URL", role.to_uppercase())
 }
 
-/// Removes what this terminal may have exported for another mesh. Tuning stays.
-fn withhold_settings(command: &mut Command) -> &mut Command {
-    for (name, _) in std::env::vars_os() {
-        let Some(text) = name.to_str() else { continue };
-        let addresses = ["_URL", "_ENDPOINTS", "_LISTEN", "_DATA_DIR"];
-        if text.starts_with("SECKILL_") && addresses.iter().any(|ending| text.ends_with(ending)) {
-            command.env_remove(&name);
-        }
-    }
-    command
-}
-
 /// One role's process.
 struct Process {
     listen: SocketAddr,
@@ -254,17 +243,20 @@ impl Mesh {
     /// They start together and find each other; the first one to give up ends the wait.
     fn wait_until_ready(&mut self) -> Result<()> {
         const LIMIT: Duration = Duration::from_secs(60);
-        for role in &mut self.roles {
-            let name = role.daemon.name().to_owned();
-            let ready = wait_until(LIMIT, &self.interrupt, || {
+        let roles = &mut self.roles;
+        let ready = wait_until(LIMIT, &self.interrupt, || {
+            for role in roles.iter_mut() {
                 if let Some(status) = role.daemon.exited()? {
-                    bail!("{name} ended with {status}:\n{}", tail(role.daemon.log(), 30));
+                    let log = tail(role.daemon.log(), 30);
+                    bail!("{} ended with {status}:\n{log}", role.daemon.name());
                 }
-                Ok(role.is_ready())
-            })?;
-            if !ready {
-                bail!("{name} was not ready within {LIMIT:?}:\n{}", tail(role.daemon.log(), 30));
             }
+            Ok(roles.iter().all(Process::is_ready))
+        })?;
+        if !ready {
+            let waiting = self.roles.iter().filter(|role| !role.is_ready());
+            let logs = waiting.map(|role| format!("{}:\n{}", role.daemon.name(), tail(role.daemon.log(), 30)));
+            bail!("not ready within {LIMIT:?}: {}", logs.collect::<Vec<_>>().join("\n"));
         }
         Ok(())
     }
