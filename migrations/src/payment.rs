@@ -33,6 +33,7 @@ enum PaymentCharge {
     State,
     DeclineCode,
     ProviderReference,
+    Surplus,
     Asked,
     AskAt,
     CreateAt,
@@ -45,7 +46,6 @@ enum PaymentOrderGuard {
     Table,
     OrderId,
     Voided,
-    ActivePaymentId,
 }
 
 #[derive(DeriveIden)]
@@ -81,6 +81,8 @@ impl MigrationTrait for Charges {
             .col(ColumnDef::new(PaymentCharge::State).integer().not_null())
             .col(ColumnDef::new(PaymentCharge::DeclineCode).string_len(64))
             .col(ColumnDef::new(PaymentCharge::ProviderReference).string_len(128))
+            // Taken although the order's money was taken before: it only goes back (I4).
+            .col(ColumnDef::new(PaymentCharge::Surplus).boolean().not_null())
             // How often the provider was asked what became of it, and when to ask next; null when it is settled.
             .col(ColumnDef::new(PaymentCharge::Asked).integer().not_null())
             .col(ColumnDef::new(PaymentCharge::AskAt).big_integer())
@@ -99,7 +101,6 @@ impl MigrationTrait for Charges {
         let guards = new_table(manager, PaymentOrderGuard::Table)
             .col(ColumnDef::new(PaymentOrderGuard::OrderId).string_len(32).not_null().primary_key())
             .col(ColumnDef::new(PaymentOrderGuard::Voided).boolean().not_null())
-            .col(ColumnDef::new(PaymentOrderGuard::ActivePaymentId).string_len(64))
             .to_owned();
         manager.create_table(guards).await?;
         let outbox = new_table(manager, PaymentOutbox::Table)
