@@ -35,6 +35,11 @@ pub struct Config {
     #[arg(long, env = "SECKILL_LANE_BATCH", default_value_t = Config::default().lane_batch)]
     pub lane_batch: usize,
 
+    /// After how many milliseconds a message that a dead coordinator had taken is given to another. Longer than a batch
+    /// takes; work that is done twice is only wasted.
+    #[arg(long, env = "SECKILL_ACK_WAIT_MS", default_value_t = Config::default().ack_wait_ms)]
+    pub ack_wait_ms: u64,
+
     /// Unpaid orders that wait in a lane's head at once. Unbounded, a broker collapses under a million of them.
     #[arg(long, env = "SECKILL_LANE_PENDING", default_value_t = Config::default().lane_pending)]
     pub lane_pending: usize,
@@ -113,6 +118,7 @@ impl Default for Config {
             funnel_workers: 2,
             funnel_retry_ms: 100,
             lane_batch: 500,
+            ack_wait_ms: 10_000,
             lane_pending: 10_000,
             lane_refresh_ms: 3_000,
             deadline_sweep_ms: 250,

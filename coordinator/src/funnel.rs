@@ -27,8 +27,6 @@ use crate::{
     wire::traceparent,
 };
 
-/// Longer than a batch can take with every step at its time limit.
-const ACK_WAIT: Duration = Duration::from_secs(60);
 /// Delivered and not settled, at most.
 const MAX_PENDING: usize = 10_000;
 /// How long a fetch waits for the first message.
@@ -40,7 +38,7 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
         stream: subjects::ORDERS,
         name: subjects::FUNNEL.to_owned(),
         filter: subjects::ORDERS_PLACED_ALL.to_owned(),
-        ack_wait: ACK_WAIT,
+        ack_wait: Duration::from_millis(config.ack_wait_ms),
         // A database that is away for an hour must not turn accepted orders into dead letters.
         max_attempts: None,
         // Room for orders that wait for their sale's permits to be rebuilt, beside those of other sales.

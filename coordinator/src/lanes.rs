@@ -30,8 +30,6 @@ use crate::{
     store::{Patch, Rejected, Row, Verdict},
 };
 
-/// A lane that dies is noticed after this; until then the sweep stands in for it.
-const ACK_WAIT: Duration = Duration::from_secs(60);
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
 /// What a lane waits when it can do nothing.
@@ -50,6 +48,7 @@ struct Inner {
     engine: Arc<Engine<OrderSaga>>,
     batch: usize,
     pending: usize,
+    ack_wait: Duration,
     sweep_batch: u64,
     grace_ms: i64,
     /// Expired batches being given back; more wait where they are.
@@ -67,6 +66,7 @@ impl Lanes {
             engine,
             batch: config.lane_batch.max(1),
             pending: config.lane_pending.max(1),
+            ack_wait: Duration::from_millis(config.ack_wait_ms),
             sweep_batch: config.deadline_sweep_batch.max(1),
             grace_ms: config.deadline_grace_ms,
             releasing: Arc::new(Semaphore::new(config.saga_compensations.max(1))),
@@ -89,7 +89,7 @@ impl Lanes {
             stream: subjects::ORDERS,
             name: subjects::lane(window),
             filter: subjects::orders_placed(window),
-            ack_wait: ACK_WAIT,
+            ack_wait: self.0.ack_wait,
             max_attempts: None,
             max_pending: self.0.pending,
         };

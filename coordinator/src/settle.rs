@@ -28,8 +28,6 @@ use crate::{
     store::{Patch, Row},
 };
 
-/// Longer than a batch can take.
-const ACK_WAIT: Duration = Duration::from_secs(60);
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
 /// Announcements in one go.
@@ -47,7 +45,7 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
         stream: subjects::PAYMENTS,
         name: subjects::SETTLER.to_owned(),
         filter: subjects::PAYMENTS_SETTLED.to_owned(),
-        ack_wait: ACK_WAIT,
+        ack_wait: Duration::from_millis(config.ack_wait_ms),
         max_attempts: None,
         max_pending: MAX_PENDING,
     };
