@@ -33,7 +33,7 @@ pub fn config() -> Config {
     Config {
         provider_timeout: Duration::from_millis(500),
         provider_webhook_secret: Some(SECRET.to_owned()),
-        sim_late_capture: Duration::from_millis(1_200),
+        sim_late_capture: Duration::from_millis(2_500),
         ..Config::default()
     }
 }
