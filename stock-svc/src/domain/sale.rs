@@ -108,16 +108,16 @@ impl Sale {
 
     /// Applies an operator's verb. True when it changed something.
     pub fn apply(&mut self, verb: Verb, now: i64) -> Result<bool> {
-        if self.verb == verb {
-            return Ok(false);
-        }
         if self.state(now) == v1::SaleState::Ended {
-            // Closing what the clock has ended says nothing new, and is no mistake.
+            // Closing what has ended says nothing new, and is no mistake.
             return if verb == Verb::Closed {
                 Ok(false)
             } else {
                 Err(Error::illegal_state("ENDED", "the sale has ended"))
             };
+        }
+        if self.verb == verb {
+            return Ok(false);
         }
         self.verb = verb;
         self.version += 1;

@@ -1,0 +1,161 @@
+//! The guard: looks at every live sale's permits a few times a second and says what is to be done about them.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use futures::StreamExt;
+use proto::{SaleId, error::Result};
+use tokio::{sync::Mutex, time::Instant};
+
+use super::{AT_ONCE, Engine};
+use crate::{
+    domain::permits::{Header, Phase},
+    store::Record,
+};
+
+const EVERY: Duration = Duration::from_millis(250);
+
+/// Between two looks, however many buyers find permits missing.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// What was found odd before, by sale and epoch: some things are a fault only when they last.
+type Oddities = HashMap<(SaleId, i64), Instant>;
+
+/// What the permits need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Nothing,
+    /// The sale has changed.
+    Facts,
+    /// Lost, or of another server.
+    Rebuild,
+    /// A rebuild, if it stays so for this long.
+    Patience(Duration),
+}
+
+impl Engine {
+    pub(super) fn start_guard(&self) {
+        let oddities = Arc::new(Mutex::new(None));
+        self.spawn_loop(
+            "guard",
+            EVERY,
+            |inner| Some(&inner.suspicion),
+            move |engine| {
+                let oddities = oddities.clone();
+                async move {
+                    if let Err(error) = engine.guard(&mut *oddities.lock().await).await {
+                        tracing::warn!(%error, "guarding permits failed");
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                }
+            },
+        );
+    }
+
+    async fn guard(&self, oddities: &mut Option<Oddities>) -> Result<()> {
+        let is_first = oddities.is_none();
+        let before = oddities.get_or_insert_default();
+        let live = self.0.store.live_sales(self.0.clock.now_ms()).await?;
+        self.0.catalog.refresh(live.clone());
+        let server = self.0.permits.fingerprint().await?;
+        let headers = futures::stream::iter(live)
+            .map(|record| async move { (self.0.permits.header(&record.sale.id).await, record) })
+            .buffer_unordered(AT_ONCE)
+            .collect::<Vec<_>>()
+            .await;
+        let mut now_odd = Oddities::new();
+        for (header, record) in headers {
+            let header = header?;
+            let sale = &record.sale.id;
+            match need(header.as_ref(), &record, &server, self.0.config.rebuild_takeover) {
+                Need::Nothing => {}
+                Need::Facts => drop(self.0.permits.set_facts(sale, &record.facts()).await?),
+                Need::Rebuild => self.trigger_rebuild(sale),
+                // Whoever was rebuilding when this process started was most likely its former life.
+                Need::Patience(_) if is_first => self.trigger_rebuild(sale),
+                Need::Patience(patience) => {
+                    let key = (sale.clone(), header.as_ref().map_or(0, |h| h.epoch));
+                    let since = before.get(&key).copied().unwrap_or_else(Instant::now);
+                    if since.elapsed() >= patience {
+                        self.trigger_rebuild(sale);
+                    } else {
+                        now_odd.insert(key, since);
+                    }
+                }
+            }
+            self.0.signals.notice(&record, header.as_ref(), self.0.clock.now_ms());
+        }
+        *before = now_odd;
+        Ok(())
+    }
+}
+
+/// What one sale's permits need, by their header and the ledger as it was read before.
+fn need(header: Option<&Header>, record: &Record, server: &str, takeover: Duration) -> Need {
+    let Some(header) = header else { return Need::Rebuild };
+    if header.phase == Phase::Rebuilding {
+        return Need::Patience(takeover);
+    }
+    // The fence moves before permits open, so open permits behind it were put back from the past.
+    if header.server != server || header.epoch < record.ledger.epoch {
+        return Need::Rebuild;
+    }
+    // Ahead of a ledger that was read before: another process has just opened them. Ahead for long: the ledger was put
+    // back from the past.
+    if header.epoch > record.ledger.epoch {
+        return Need::Patience(2 * EVERY);
+    }
+    if header.facts.version < record.sale.version || header.facts.sold < record.ledger.sold {
+        return Need::Facts;
+    }
+    Need::Nothing
+}
+
+#[cfg(test)]
+mod tests {
+    use proto::{RequestId, v1};
+
+    use super::*;
+    use crate::domain::{
+        ledger::Ledger,
+        permits::{Claimed, Opening, Permits},
+        sale::NewSale,
+    };
+
+    fn opened() -> (Record, Permits) {
+        let request = v1::CreateSaleRequest {
+            request_id: RequestId::random().to_string(),
+            price: Some(proto::WireMoney { currency_code: "EUR".into(), units: 5, nanos: 0 }),
+            stock: 10,
+            ..Default::default()
+        };
+        let new = NewSale::parse(&request, 0).unwrap();
+        let mut record = Record { sale: new.sale, ledger: Ledger::new(new.stock) };
+        let epoch = record.ledger.allocate_epoch(0);
+        let mut permits = Permits::default();
+        assert_eq!(permits.claim(epoch, &record.facts(), "a"), Claimed::Yes);
+        let snapshot = record.ledger.move_fence(epoch).unwrap();
+        let facts = record.facts();
+        assert!(permits.open(&Opening { epoch, available: snapshot.available, snapshot_seq: 0, facts }));
+        (record, permits)
+    }
+
+    fn of(permits: &Permits, record: &Record, server: &str) -> Need {
+        need(permits.header(), record, server, Duration::from_secs(10))
+    }
+
+    #[test]
+    fn lost_replaced_and_outdated_permits_are_rebuilt() {
+        let (mut record, mut permits) = opened();
+        assert_eq!(of(&permits, &record, "a"), Need::Nothing);
+        assert_eq!(of(&permits, &record, "b"), Need::Rebuild, "another server");
+        record.sale.version += 1;
+        assert_eq!(of(&permits, &record, "a"), Need::Facts);
+        // E14: the server was put back to before a rebuild.
+        record.ledger.move_fence(7);
+        assert_eq!(of(&permits, &record, "a"), Need::Rebuild);
+        permits.claim(8, &record.facts(), "a");
+        assert_eq!(of(&permits, &record, "a"), Need::Patience(Duration::from_secs(10)));
+        permits.wipe();
+        assert_eq!(of(&permits, &record, "a"), Need::Rebuild);
+    }
+}
