@@ -10,7 +10,7 @@
 //!   dead-letters it too. A message neither settled nor redelivered comes back after `ack_wait`.
 //! - A **NAK with delay** brings a message back not before the delay, as long as the server lives; after a restart it
 //!   may come back at once. Compute delays from data, never from the delivery. It counts as pending meanwhile. It
-//!   does not count as a failed attempt only where `max_attempts` is `None`.
+//!   does not count as a failed attempt only where `max_attempts` is `None`; a NAK of the last attempt dead-letters.
 //! - **Signals** reach whoever listens now, at most once, in order per publisher. Nothing may rest on them alone.
 //!
 //! Everything is in batches: the cost is per call.
@@ -25,6 +25,12 @@ use tokio::sync::broadcast;
 pub mod contract;
 pub mod nats;
 pub mod sqlite;
+
+/// Why a message became a dead letter when nobody said why.
+const ATTEMPTS_USED_UP: &str = "all attempts used up";
+
+/// Signals that wait for a slow listener; it loses the oldest beyond that.
+const SIGNALS_KEPT: usize = 1_024;
 
 /// Any bus.
 pub type SharedBus = Arc<dyn Bus>;
@@ -124,9 +130,9 @@ pub enum Settlement {
 pub struct Progress {
     /// Every matching message up to this sequence is settled for good.
     pub settled_through: u64,
-    /// Matching messages not delivered yet.
+    /// Matching messages not delivered yet. May lag behind a publish: nothing may rest on it but a gauge.
     pub waiting: u64,
-    /// Delivered and not settled, delayed ones included.
+    /// Delivered and not settled, delayed ones included. May lag like `waiting`.
     pub pending: u64,
 }
 
@@ -178,7 +184,8 @@ impl From<Error> for proto::Error {
     }
 }
 
-/// Durable streams and fleeting signals. See the module for what is promised.
+/// Durable streams and fleeting signals. See the module for what is promised. A stream that nobody made yet reads as an
+/// empty one; publishing to it or opening a consumer on it is refused or gets no answer.
 #[async_trait]
 pub trait Bus: Send + Sync + fmt::Debug {
     /// Makes a stream, or brings it in line with the spec. Idempotent.
@@ -202,11 +209,12 @@ pub trait Bus: Send + Sync + fmt::Debug {
     /// Reads one message; `None` when it is gone.
     async fn read(&self, stream: &'static str, sequence: u64) -> Result<Option<Message>, Error>;
 
-    /// The dead letters of all streams, oldest first, at most `limit`, after the one with id `after`.
+    /// The dead letters of all streams, oldest first, at most `limit`, after the one with id `after`. From the oldest
+    /// again where that one is gone: whoever redrives while paging sees a letter twice rather than never.
     async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error>;
 
-    /// Publishes a dead letter again (with a new message id, or it would count as a duplicate) and forgets it.
-    /// `None` when there is no such dead letter.
+    /// Publishes a dead letter again (with a new message id, or it would count as a duplicate) and forgets it. Every
+    /// consumer of the stream gets it, also those that had settled it. `None` when there is no such dead letter.
     async fn redrive(&self, id: &str) -> Result<Option<DeadLetter>, Error>;
 
     /// Sends a signal to whoever listens now.
@@ -223,6 +231,6 @@ pub trait Consumer: Send + Sync + fmt::Debug {
     /// dropped call had taken comes back after `ack_wait`.
     async fn fetch(&self, max: usize, wait: Duration) -> Result<Vec<Delivery>, Error>;
 
-    /// Settles deliveries. On an error some may be settled; what is not comes back.
+    /// Settles deliveries. On an error some may be settled; what is not comes back. Settling twice is harmless.
     async fn settle(&self, settlements: Vec<(Delivery, Settlement)>) -> Result<(), Error>;
 }

@@ -1,0 +1,459 @@
+//! The embedded bus: streams in one SQLite file, signals in this process.
+//!
+//! - **One writer.** Publishes, fetches and settlements of everybody queue in one [`Batcher`]; what came together shares
+//!   a transaction and its sync to disk, which costs more than all the rest. Reads take turns with it.
+//! - **Durable**: WAL with `synchronous=FULL`. What was published or settled survives the loss of power.
+//! - **One process**: the file is locked while a bus has it. Another that opens it waits a little and is then refused.
+//! - **A restart** makes everything pending due at once, whatever delay it had; attempts are kept.
+//! - Subjects are kept in memory: they should be kinds of messages, not one for each.
+//! - Duplicates are found for two minutes, over a restart too.
+
+mod queue;
+mod recent;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    fs::{File, TryLockError},
+    future::Future,
+    io,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use sea_orm::sqlx::{
+    self, ConnectOptions,
+    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
+};
+use tokio::{
+    sync::{Notify, broadcast},
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::task::TaskTracker;
+
+use self::queue::{Fetched, Queue};
+use super::{
+    Bus, Consumer, ConsumerSpec, DeadLetter, Delivery, Error, Message, Progress, Published, SIGNALS_KEPT, Settlement,
+    StreamSpec,
+};
+use crate::{
+    batch::{Batcher, Limits},
+    clock::Clock,
+};
+
+/// How long to wait for another process to let go of the file: one that was just killed, usually.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// Calls, not messages: a few dozen batches fill a transaction. One in flight, because there is one connection.
+const LIMITS: Limits = Limits { max_items: 64, in_flight: 1, queue: 4_096 };
+
+/// The embedded bus. See the module.
+pub struct SqliteBus {
+    core: Arc<Core>,
+    calls: Calls,
+    tasks: TaskTracker,
+    signals: Mutex<HashMap<&'static str, broadcast::Sender<Bytes>>>,
+}
+
+type Calls = Batcher<Call, Result<Outcome, Error>>;
+
+struct Core {
+    queue: tokio::sync::Mutex<Queue>,
+    /// By consumer: rung when there may be something to fetch.
+    bells: Mutex<HashMap<i64, Arc<Notify>>>,
+    /// Held as long as anything uses the queue.
+    _lock: Option<File>,
+}
+
+enum Call {
+    Publish(&'static str, Vec<Message>),
+    Settle(i64, Vec<(Delivery, Settlement)>),
+    Fetch(i64, usize),
+}
+
+enum Outcome {
+    Published(Vec<Result<Published, Error>>),
+    Settled,
+    Fetched(Fetched),
+}
+
+impl SqliteBus {
+    /// Opens the file at `path`, made where it is missing. Ends when it and its consumers are dropped; then `tasks` is
+    /// empty of its work.
+    pub async fn open(path: &Path, clock: Clock, tasks: &TaskTracker) -> Result<Self, Error> {
+        let lock = lock(path).await.map_err(|e| unavailable("open", e))?;
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .busy_timeout(LOCK_WAIT)
+            .pragma("cache_size", "-16000")
+            // Fewer and larger checkpoints: each syncs the file and not only its log.
+            .pragma("wal_autocheckpoint", "4000");
+        Self::start(options, Some(lock), clock, tasks).await
+    }
+
+    /// A bus that forgets everything when it is dropped.
+    pub async fn in_memory(clock: Clock, tasks: &TaskTracker) -> Result<Self, Error> {
+        Self::start(SqliteConnectOptions::new().in_memory(true), None, clock, tasks).await
+    }
+
+    async fn start(
+        options: SqliteConnectOptions,
+        lock: Option<File>,
+        clock: Clock,
+        tasks: &TaskTracker,
+    ) -> Result<Self, Error> {
+        let options = options.row_buffer_size(1_024).disable_statement_logging();
+        let queue = Queue::open(options, clock).await.map_err(|e| unavailable("open", e))?;
+        let core = Arc::new(Core { queue: queue.into(), bells: Mutex::default(), _lock: lock });
+        let calls = Batcher::start("bus", LIMITS, tasks, {
+            let core = core.clone();
+            move |calls| {
+                let core = core.clone();
+                async move { core.run_all(calls).await }
+            }
+        });
+        Ok(Self { core, calls, tasks: tasks.clone(), signals: Mutex::default() })
+    }
+
+    /// Runs a transaction to its end even if the caller goes away: half of one would cost the mirror.
+    async fn to_its_end<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        transaction: impl Future<Output = sqlx::Result<T>> + Send + 'static,
+    ) -> Result<T, Error> {
+        match self.tasks.spawn(transaction).await {
+            Ok(result) => result.map_err(|e| unavailable(operation, e)),
+            Err(panicked) => Err(unavailable(operation, panicked)),
+        }
+    }
+
+    fn channel(&self, subject: &'static str) -> broadcast::Sender<Bytes> {
+        let mut signals = self.signals.lock().unwrap_or_else(PoisonError::into_inner);
+        signals.entry(subject).or_insert_with(|| broadcast::Sender::new(SIGNALS_KEPT)).clone()
+    }
+}
+
+impl Core {
+    /// Runs calls in one transaction: either all of them happen or none.
+    async fn run_all(&self, calls: Vec<Call>) -> Vec<Result<Outcome, Error>> {
+        let count = calls.len();
+        match self.try_run_all(calls).await {
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+            Err(error) => {
+                let error = Arc::new(error);
+                (0..count).map(|_| Err(unavailable("transaction", error.clone()))).collect()
+            }
+        }
+    }
+
+    /// Publishes first, so that the fetches find it. Publishes to one stream go together, and so do the settlements of
+    /// one consumer: a hundred calls with one message each cost little more than one with a hundred.
+    async fn try_run_all(&self, calls: Vec<Call>) -> sqlx::Result<Vec<Outcome>> {
+        let mut publishes: BTreeMap<&'static str, Vec<(usize, Vec<Message>)>> = BTreeMap::new();
+        let mut settlements: BTreeMap<i64, Vec<(Delivery, Settlement)>> = BTreeMap::new();
+        let mut fetches = Vec::new();
+        let mut outcomes = Vec::with_capacity(calls.len());
+        for (place, call) in calls.into_iter().enumerate() {
+            match call {
+                Call::Publish(stream, messages) => publishes.entry(stream).or_default().push((place, messages)),
+                Call::Settle(consumer, some) => settlements.entry(consumer).or_default().extend(some),
+                Call::Fetch(consumer, max) => fetches.push((place, consumer, max)),
+            }
+            outcomes.push(Outcome::Settled);
+        }
+
+        let mut queue = self.queue.lock().await;
+        let mut session = queue.begin().await?;
+        for (stream, calls) in publishes {
+            let places: Vec<_> = calls.iter().map(|(place, messages)| (*place, messages.len())).collect();
+            let messages = calls.into_iter().flat_map(|(_, messages)| messages).collect();
+            let mut results = session.publish(stream, messages).await?.into_iter();
+            for (place, len) in places {
+                outcomes[place] = Outcome::Published(results.by_ref().take(len).collect());
+            }
+        }
+        for (consumer, settlements) in settlements {
+            session.settle(consumer, settlements).await?;
+        }
+        for (place, consumer, max) in fetches {
+            outcomes[place] = Outcome::Fetched(session.fetch(consumer, max).await?);
+        }
+        let wake = session.commit().await?;
+        drop(queue);
+        self.ring(wake);
+        Ok(outcomes)
+    }
+
+    fn bell(&self, consumer: i64) -> Arc<Notify> {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner).entry(consumer).or_default().clone()
+    }
+
+    fn ring(&self, consumers: impl IntoIterator<Item = i64>) {
+        for consumer in consumers {
+            self.bell(consumer).notify_waiters();
+        }
+    }
+}
+
+#[async_trait]
+impl Bus for SqliteBus {
+    async fn ensure_stream(&self, spec: &StreamSpec) -> Result<(), Error> {
+        let (core, spec) = (self.core.clone(), spec.clone());
+        self.to_its_end("ensure a stream", async move {
+            let mut queue = core.queue.lock().await;
+            let mut session = queue.begin().await?;
+            session.ensure_stream(&spec).await?;
+            session.commit().await.map(drop)
+        })
+        .await
+    }
+
+    async fn publish(&self, stream: &'static str, messages: Vec<Message>) -> Vec<Result<Published, Error>> {
+        let count = messages.len();
+        let error = match submit(&self.calls, "publish", Call::Publish(stream, messages)).await {
+            Ok(Outcome::Published(results)) => return results,
+            Ok(_) => unreachable!("a publish is answered as one"),
+            Err(error) => Arc::new(error),
+        };
+        (0..count).map(|_| Err(unavailable("publish", error.clone()))).collect()
+    }
+
+    async fn consumer(&self, spec: ConsumerSpec) -> Result<Arc<dyn Consumer>, Error> {
+        let (core, stream) = (self.core.clone(), spec.stream);
+        let opened = self.to_its_end("open a consumer", async move {
+            let mut queue = core.queue.lock().await;
+            let mut session = queue.begin().await?;
+            let id = session.open_consumer(&spec).await?;
+            core.ring(session.commit().await?);
+            Ok(id)
+        });
+        let Some(id) = opened.await? else {
+            let message = format!("there is no stream {stream}");
+            return Err(Error::Refused { operation: "open a consumer", message });
+        };
+        Ok(Arc::new(SqliteConsumer { id, bell: self.core.bell(id), calls: self.calls.clone() }))
+    }
+
+    async fn consumers(&self, stream: &'static str) -> Result<Vec<String>, Error> {
+        self.core.queue.lock().await.consumers(stream).await.map_err(|e| unavailable("list consumers", e))
+    }
+
+    async fn progress(&self, stream: &'static str, consumer: &str) -> Result<Option<Progress>, Error> {
+        self.core.queue.lock().await.progress(stream, consumer).await.map_err(|e| unavailable("ask for progress", e))
+    }
+
+    async fn last_sequence(&self, stream: &'static str) -> Result<u64, Error> {
+        self.core.queue.lock().await.last_sequence(stream).await.map_err(|e| unavailable("ask for the last", e))
+    }
+
+    async fn read(&self, stream: &'static str, sequence: u64) -> Result<Option<Message>, Error> {
+        self.core.queue.lock().await.message(stream, sequence).await.map_err(|e| unavailable("read", e))
+    }
+
+    async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
+        self.core.queue.lock().await.dead_letters(after, limit).await.map_err(|e| unavailable("list dead letters", e))
+    }
+
+    async fn redrive(&self, id: &str) -> Result<Option<DeadLetter>, Error> {
+        let (core, id) = (self.core.clone(), id.to_owned());
+        let redriven = self.to_its_end("redrive", async move {
+            let mut queue = core.queue.lock().await;
+            let mut session = queue.begin().await?;
+            let letter = session.redrive(&id).await?;
+            core.ring(session.commit().await?);
+            Ok(letter)
+        });
+        redriven.await?.transpose()
+    }
+
+    async fn signal(&self, subject: &'static str, payload: Bytes) -> Result<(), Error> {
+        // Nobody listens: then nobody hears.
+        let _ = self.channel(subject).send(payload);
+        Ok(())
+    }
+
+    async fn listen(&self, subject: &'static str) -> Result<broadcast::Receiver<Bytes>, Error> {
+        Ok(self.channel(subject).subscribe())
+    }
+}
+
+struct SqliteConsumer {
+    id: i64,
+    bell: Arc<Notify>,
+    calls: Calls,
+}
+
+#[async_trait]
+impl Consumer for SqliteConsumer {
+    async fn fetch(&self, max: usize, wait: Duration) -> Result<Vec<Delivery>, Error> {
+        let deadline = Instant::now() + wait;
+        loop {
+            // Before looking, so that nothing falls between looking and waiting.
+            let mut bell = std::pin::pin!(self.bell.notified());
+            bell.as_mut().enable();
+            let asked_at = Instant::now();
+            let Outcome::Fetched(fetched) = submit(&self.calls, "fetch", Call::Fetch(self.id, max)).await? else {
+                unreachable!("a fetch is answered as one")
+            };
+            if !fetched.deliveries.is_empty() || asked_at >= deadline {
+                return Ok(fetched.deliveries);
+            }
+            if !fetched.buried {
+                let until = fetched.next_due.map_or(deadline, |due| due.min(deadline));
+                tokio::select! {
+                    () = bell => {}
+                    () = sleep_until(until) => {}
+                }
+            }
+        }
+    }
+
+    async fn settle(&self, settlements: Vec<(Delivery, Settlement)>) -> Result<(), Error> {
+        submit(&self.calls, "settle", Call::Settle(self.id, settlements)).await.map(drop)
+    }
+}
+
+impl fmt::Debug for SqliteBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteBus").field("calls", &self.calls).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SqliteConsumer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteConsumer").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+async fn submit(calls: &Calls, operation: &'static str, call: Call) -> Result<Outcome, Error> {
+    calls.submit(call).await.map_err(|e| unavailable(operation, e))?
+}
+
+/// Takes the lock beside the file. The system lets go of it when the process dies, however it dies.
+async fn lock(path: &Path) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(name)?;
+    let give_up = Instant::now() + LOCK_WAIT;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() >= give_up => {
+                let message = format!("{} is in use by another process", path.display());
+                return Err(io::Error::new(io::ErrorKind::ResourceBusy, message));
+            }
+            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+fn unavailable(operation: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Unavailable { operation, source: Box::new(source) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::{
+        Headers, SharedBus,
+        contract::{Storage, bus_contract},
+    };
+
+    async fn file() -> Option<Storage> {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        Some(Box::new(move || {
+            let dir = dir.clone();
+            Box::pin(async move {
+                let path = dir.path().join("bus.db");
+                Arc::new(SqliteBus::open(&path, Clock::tokio(), &TaskTracker::new()).await.unwrap()) as SharedBus
+            })
+        }))
+    }
+
+    bus_contract!(file);
+
+    const STREAM: StreamSpec = StreamSpec { name: "S", subjects: Vec::new(), max_age: Duration::from_secs(86_400) };
+
+    async fn lane(bus: &SqliteBus) -> Arc<dyn Consumer> {
+        bus.ensure_stream(&StreamSpec { subjects: vec![">"], ..STREAM }).await.unwrap();
+        let spec = ConsumerSpec {
+            stream: "S",
+            name: "lane".into(),
+            filter: ">".into(),
+            ack_wait: Duration::from_secs(3_600),
+            max_attempts: None,
+            max_pending: 100,
+        };
+        bus.consumer(spec).await.unwrap()
+    }
+
+    fn message(n: u64) -> Message {
+        Message { subject: "a".into(), id: n.to_string(), headers: Headers::new(), payload: Bytes::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn delays_run_on_tokios_clock() {
+        let bus = SqliteBus::in_memory(Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        let lane = lane(&bus).await;
+        bus.publish("S", vec![message(1)]).await;
+        let first = lane.fetch(1, Duration::ZERO).await.unwrap();
+        let naked = Instant::now();
+        let delay = Duration::from_secs(900);
+        lane.settle(vec![(first[0].clone(), Settlement::Nak(delay))]).await.unwrap();
+        assert_eq!(lane.fetch(1, Duration::from_secs(3_600)).await.unwrap().len(), 1);
+        assert!((delay..delay + Duration::from_secs(1)).contains(&naked.elapsed()));
+    }
+
+    #[tokio::test]
+    async fn a_restart_makes_everything_pending_due_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        for attempt in 1..=2 {
+            let tasks = TaskTracker::new();
+            let bus = SqliteBus::open(&dir.path().join("bus.db"), Clock::system(), &tasks).await.unwrap();
+            let lane = lane(&bus).await;
+            bus.publish("S", vec![message(1)]).await;
+            let delivery = lane.fetch(1, Duration::from_secs(10)).await.unwrap().remove(0);
+            assert_eq!(delivery.attempt, attempt);
+            lane.settle(vec![(delivery, Settlement::Nak(Duration::from_secs(3_600)))]).await.unwrap();
+            drop((bus, lane));
+            tasks.close();
+            tasks.wait().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_transaction_leaves_nothing_and_keeps_the_delays() {
+        let bus = SqliteBus::in_memory(Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        let lane = lane(&bus).await;
+        bus.publish("S", vec![message(1)]).await;
+        let first = lane.fetch(1, Duration::ZERO).await.unwrap();
+        lane.settle(vec![(first[0].clone(), Settlement::Nak(Duration::from_secs(3_600)))]).await.unwrap();
+        {
+            let mut queue = bus.core.queue.lock().await;
+            let mut session = queue.begin().await.unwrap();
+            session.publish("S", vec![message(2)]).await.unwrap();
+            assert_eq!(session.fetch(1, 10).await.unwrap().deliveries.len(), 1);
+        }
+        assert_eq!(bus.last_sequence("S").await.unwrap(), 1);
+        assert!(lane.fetch(10, Duration::from_millis(50)).await.unwrap().is_empty());
+        let published = bus.publish("S", vec![message(3)]).await.remove(0).unwrap();
+        assert_eq!(published, Published { sequence: 2, duplicate: false });
+        assert_eq!(lane.fetch(10, Duration::from_secs(10)).await.unwrap()[0].id, "3");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_file_in_use_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bus.db");
+        let _bus = SqliteBus::open(&path, Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        let error = SqliteBus::open(&path, Clock::tokio(), &TaskTracker::new()).await.unwrap_err();
+        assert!(std::error::Error::source(&error).unwrap().to_string().contains("in use"));
+    }
+}
