@@ -95,7 +95,8 @@ async fn e6_a_released_order_is_answered_closed_and_takes_no_unit() {
     let again = world.accept("alice", 1, &request).await.unwrap();
     assert_eq!((again.name, again.state), (id.name(), OrderState::Cancelled.into()));
     assert_eq!(world.units(), (10, 0, 0, 0));
-    // Redis lost: nothing is remembered there, and a fresh grant is given.
+    // Redis lost: nothing is remembered there, and a fresh grant is given; nor does the stream remember.
+    world.bus.publishing(Publish::Repeats);
     {
         let mut state = world.fakes.state();
         state.holds.clear();
@@ -103,6 +104,7 @@ async fn e6_a_released_order_is_answered_closed_and_takes_no_unit() {
     }
     let again = world.accept("alice", 1, &request).await.unwrap();
     assert_eq!(again.state(), OrderState::Cancelled, "the saga remembers; the surplus grant is the sweep's");
+    assert_eq!(world.bus.last_sequence(subjects::ORDERS).await.unwrap(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -328,6 +330,29 @@ async fn e33_no_order_expires_early_or_late_and_its_unit_comes_back() {
         world.until_record(id, OrderState::Expired).await;
     }
     assert_eq!(world.units(), (40, 0, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn e33_the_sagas_deadline_counts_whatever_a_second_message_says() {
+    let world = World::new().await;
+    let id = world.hold("alice").await;
+    // Somebody opens a quicker lane, and alice's order turns up in it with a deadline that has passed.
+    let quick = fakes::Sale { window_ms: 300, ..world.fakes.state().sales[SALE].clone() };
+    world.fakes.state().sales.insert("quick".to_owned(), quick);
+    let request = RequestId::random();
+    world.accept_of("quick", "bob", 1, &request).await.unwrap();
+    let first = world.bus.read(subjects::ORDERS, 1).await.unwrap().unwrap();
+    let mut order: proto::internal::OrderPlaced = prost::Message::decode(first.payload.clone()).unwrap();
+    order.expire_at_ms = order.create_at_ms;
+    let again = Message {
+        subject: subjects::orders_placed(Duration::from_millis(300)),
+        id: "again".to_owned(),
+        payload: prost::Message::encode_to_vec(&order).into(),
+        ..first
+    };
+    world.bus.publish(subjects::ORDERS, vec![again]).await.pop().unwrap().unwrap();
+    world.until(order_id("bob", &request), "EXPIRED").await;
+    assert_eq!(world.saga(id).await.unwrap().state, "AWAITING_PAYMENT");
 }
 
 #[tokio::test(flavor = "multi_thread")]

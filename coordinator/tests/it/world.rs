@@ -49,6 +49,8 @@ pub enum Publish {
     Forgets = 1,
     /// Neither.
     Fails = 2,
+    /// Stored again, though it is there: the window in which duplicates are found has passed.
+    Repeats = 3,
 }
 
 /// The bus, with faults to be switched on.
@@ -86,11 +88,14 @@ impl Bus for FaultyBus {
         self.inner.ensure_stream(spec).await
     }
 
-    async fn publish(&self, stream: &'static str, messages: Vec<Message>) -> Vec<Result<Published, bus::Error>> {
+    async fn publish(&self, stream: &'static str, mut messages: Vec<Message>) -> Vec<Result<Published, bus::Error>> {
         let count = messages.len();
         let fault = if stream == subjects::ORDERS { self.publish.load(Ordering::SeqCst) } else { 0 };
         if fault == Publish::Fails as u8 {
             return (0..count).map(|_| Err(no_answer())).collect();
+        }
+        if fault == Publish::Repeats as u8 {
+            messages.iter_mut().for_each(|message| message.id = RequestId::random().to_string());
         }
         let call = match stream {
             subjects::ORDERS => "publish",
