@@ -1,1 +1,7 @@
-fn main() {}
+//! The program under test: `seckill`, nothing else.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    seckill::cli::main()
+}

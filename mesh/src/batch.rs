@@ -177,7 +177,12 @@ mod tests {
     #[tokio::test]
     async fn whoever_comes_while_a_call_is_in_flight_goes_together() {
         let (batcher, gate, sizes) = gated(Limits { max_items: 3, in_flight: 1, queue: 100 });
-        let submit = |i| tokio::spawn({ let b = batcher.clone(); async move { b.submit(i).await } });
+        let submit = |i| {
+            tokio::spawn({
+                let b = batcher.clone();
+                async move { b.submit(i).await }
+            })
+        };
         let first = submit(0);
         while sizes.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
@@ -195,11 +200,17 @@ mod tests {
     #[tokio::test]
     async fn e46_a_full_queue_refuses_at_once() {
         let (batcher, gate, sizes) = gated(Limits { max_items: 1, in_flight: 1, queue: 1 });
-        let running = tokio::spawn({ let b = batcher.clone(); async move { b.submit(1).await } });
+        let running = tokio::spawn({
+            let b = batcher.clone();
+            async move { b.submit(1).await }
+        });
         while sizes.lock().unwrap().is_empty() {
             tokio::task::yield_now().await;
         }
-        let waiting = tokio::spawn({ let b = batcher.clone(); async move { b.submit(2).await } });
+        let waiting = tokio::spawn({
+            let b = batcher.clone();
+            async move { b.submit(2).await }
+        });
         tokio::task::yield_now().await;
         assert_eq!(batcher.submit(3).await, Err(Refused::Full));
         gate.add_permits(10);

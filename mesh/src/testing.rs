@@ -64,7 +64,7 @@ async fn on_server(kind: &'static str, base: &str) -> TestDatabase {
 }
 
 /// The same server, another database.
-fn with_database(base: &str, name: &str) -> String {
+pub fn with_database(base: &str, name: &str) -> String {
     let (scheme, rest) = base.split_once("://").expect("a URL");
     let (rest, query) = rest.split_once('?').map_or((rest, String::new()), |(r, q)| (r, format!("?{q}")));
     let authority = rest.split('/').next().unwrap_or(rest);

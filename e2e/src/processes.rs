@@ -1,0 +1,101 @@
+//! Real processes of the mesh, to be killed: one all-in-one, or one a role.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use mesh::testing::eventually;
+
+use crate::{SECRET, Site};
+
+/// One process of the mesh. Killed when it goes.
+#[derive(Debug)]
+pub struct Process {
+    program: PathBuf,
+    arguments: Vec<String>,
+    /// Where it serves.
+    pub address: SocketAddr,
+    admin: SocketAddr,
+    child: Child,
+}
+
+impl Process {
+    /// Starts `program` with these arguments and waits until it is ready. It keeps its addresses when it is started
+    /// again, as those who call it expect.
+    pub async fn start(program: &str, arguments: Vec<String>) -> Self {
+        Self::start_at(program, arguments, free_address()).await
+    }
+
+    /// The same, at an address that others have been told already.
+    pub async fn start_at(program: &str, arguments: Vec<String>, address: SocketAddr) -> Self {
+        let admin = free_address();
+        let program = PathBuf::from(program);
+        let child = spawn(&program, &arguments, address, admin);
+        let process = Self { program, arguments, address, admin, child };
+        process.ready().await;
+        process
+    }
+
+    /// SIGKILL, as the machine's memory killer would.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("it can be killed");
+        self.child.wait().expect("it ends");
+    }
+
+    /// Starts it again where it was.
+    pub async fn restart(&mut self) {
+        self.child = spawn(&self.program, &self.arguments, self.address, self.admin);
+        self.ready().await;
+    }
+
+    /// The door, where this process has one.
+    pub fn site(&self) -> Site {
+        Site::at(self.address)
+    }
+
+    async fn ready(&self) {
+        eventually("the process is ready", async || {
+            let answer = get(self.admin, "/readyz").await.ok()?;
+            answer.starts_with("HTTP/1.1 200").then_some(())
+        })
+        .await;
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may be dead already; either way it is gone after this.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An address that is free now. Somebody may take it before it is used; then the start fails loudly.
+pub fn free_address() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound address")
+}
+
+fn spawn(program: &PathBuf, arguments: &[String], address: SocketAddr, admin: SocketAddr) -> Child {
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .args(["--listen", &address.to_string(), "--admin-listen", &admin.to_string()])
+        .env("SECKILL_AUTH_HS256_SECRET", SECRET)
+        .env("SECKILL_LOG", "warn")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command.spawn().expect("the program starts")
+}
+
+/// The plainest of HTTP: no client to share a fault with what is tested.
+async fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(address).await?;
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}

@@ -1,0 +1,4 @@
+//! The whole mesh, by its public door.
+
+mod kills;
+mod sale;

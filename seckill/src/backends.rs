@@ -1,0 +1,100 @@
+//! Where backends are chosen: the only place that knows which store, permits and bus are behind the ports.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use mesh::{
+    bus::{SharedBus, nats::NatsBus, sqlite::SqliteBus},
+    clock::Clock,
+    lifecycle::Lifecycle,
+};
+use migrations::Service;
+use sea_orm::DatabaseConnection;
+use stock_svc::permits::{SharedPermits, memory::Memory, redis::Redis};
+
+use crate::config::StorageArgs;
+
+/// Opened backends. Embedded ones live in the data dir, which one process at a time may own.
+#[derive(Clone, Debug)]
+pub struct Backends {
+    /// Where they are.
+    pub storage: StorageArgs,
+    /// Streams and signals.
+    pub bus: SharedBus,
+    /// What time it is.
+    pub clock: Clock,
+    /// Keeps a second process from the embedded files for as long as this value lives.
+    _lock: Option<Arc<std::fs::File>>,
+}
+
+impl Backends {
+    /// Opens the bus. Databases and permits are opened by the roles that own them.
+    pub async fn open(storage: &StorageArgs, life: &Lifecycle) -> anyhow::Result<Self> {
+        let clock = Clock::system();
+        let lock = if storage.is_embedded() || storage.nats_url.is_none() { Some(lock(storage)?) } else { None };
+        let bus: SharedBus = match &storage.nats_url {
+            Some(url) => Arc::new(NatsBus::connect(url, life.tasks()).await.context("cannot reach NATS")?),
+            None => {
+                let path = storage.data_dir.join("bus.db");
+                Arc::new(
+                    SqliteBus::open(&path, clock.clone(), life.tasks())
+                        .await
+                        .context("cannot open the embedded bus")?,
+                )
+            }
+        };
+        Ok(Self { storage: storage.clone(), bus, clock, _lock: lock })
+    }
+
+    /// Opens the permits. For stock-svc, the only one to write them, and for the audit.
+    pub async fn permits(&self) -> anyhow::Result<SharedPermits> {
+        Ok(match &self.storage.redis_url {
+            Some(url) => Arc::new(Redis::connect(url).await.context("cannot reach Redis")?),
+            None => Arc::new(Memory::new()),
+        })
+    }
+
+    /// What an audit from outside can see: servers' streams and permits. Embedded ones belong to their process.
+    pub async fn open_remote(
+        storage: &StorageArgs,
+        life: &Lifecycle,
+    ) -> anyhow::Result<(Option<SharedBus>, Option<SharedPermits>)> {
+        let bus: Option<SharedBus> = match &storage.nats_url {
+            Some(url) => Some(Arc::new(NatsBus::connect(url, life.tasks()).await.context("cannot reach NATS")?)),
+            None => None,
+        };
+        let permits: Option<SharedPermits> = match &storage.redis_url {
+            Some(url) => Some(Arc::new(Redis::connect(url).await.context("cannot reach Redis")?)),
+            None => None,
+        };
+        Ok((bus, permits))
+    }
+
+    /// Opens one service's database and, when asked, brings its schema up to date.
+    pub async fn database(&self, service: Service, migrate: bool) -> anyhow::Result<DatabaseConnection> {
+        let db = open_database(&self.storage, service).await?;
+        if migrate {
+            migrations::up(service, &db).await.with_context(|| format!("cannot migrate {}", service.name()))?;
+        }
+        Ok(db)
+    }
+}
+
+/// Opens one service's database as it is.
+pub async fn open_database(storage: &StorageArgs, service: Service) -> anyhow::Result<DatabaseConnection> {
+    let url = storage.database(service);
+    if url.starts_with("sqlite:") {
+        std::fs::create_dir_all(&storage.data_dir)
+            .with_context(|| format!("cannot make {}", storage.data_dir.display()))?;
+    }
+    mesh::sql::connect(&url).await.with_context(|| format!("cannot open the database of {}", service.name()))
+}
+
+/// Two all-in-ones on the same files would each hold their own permits for the same stock.
+fn lock(storage: &StorageArgs) -> anyhow::Result<Arc<std::fs::File>> {
+    let dir = &storage.data_dir;
+    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    let file = std::fs::File::create(dir.join("lock")).with_context(|| format!("cannot write to {}", dir.display()))?;
+    file.try_lock().map_err(|_| anyhow::anyhow!("{} is in use by another process", dir.display()))?;
+    Ok(Arc::new(file))
+}

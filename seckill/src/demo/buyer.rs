@@ -1,0 +1,175 @@
+//! What one buyer does: wants a unit, tries again while units may come back, and then pays, declines, cancels or
+//! walks away. All through the public API, with one idempotency key per intent.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{Method, StatusCode};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::{
+    client::{Answer, Client},
+    report::Tally,
+};
+
+/// What a buyer does once it holds a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Temper {
+    /// Pays at once.
+    Pays,
+    /// Its card is declined; the hold runs out.
+    Declines,
+    /// Gives the unit back.
+    Cancels,
+    /// Closes the browser; the hold runs out.
+    WalksAway,
+}
+
+/// Everything the buyers share.
+#[derive(Debug)]
+pub struct Rush {
+    /// Connections for placing, paying, cancelling.
+    pub client: Client,
+    /// Connections for waiting, so that those who wait never keep others from buying.
+    pub waiting: Client,
+    /// `sales/…`, the bare id.
+    pub sale: String,
+    /// When the doors opened.
+    pub start: Instant,
+    /// Nobody tries for a unit after this.
+    pub patience: Instant,
+    /// What happened.
+    pub tally: Tally,
+}
+
+/// One buyer's whole visit.
+pub async fn visit(rush: Arc<Rush>, token: String, temper: Temper) {
+    let Some(order) = acquire(&rush, &token).await else { return };
+    let path = format!("/v1/{order}");
+    let placed = Instant::now();
+    let Some(state) = leaves_placed(&rush, &path, &token).await else { return };
+    if state != "AWAITING_PAYMENT" {
+        rush.tally.ended(&state);
+        return;
+    }
+    rush.tally.locked(rush.start, placed);
+    let ended = match temper {
+        Temper::Pays => pay(&rush, &path, &token, "sim_approve").await,
+        Temper::Declines => {
+            pay(&rush, &path, &token, "sim_decline").await;
+            None
+        }
+        Temper::Cancels => {
+            let answer = insist(&rush, &rush.client, Method::POST, &format!("{path}:cancel"), &token, None, "{}").await;
+            answer.map(|a| state_of(&a))
+        }
+        Temper::WalksAway => None,
+    };
+    // Who does not wait for the end is asked for at the end.
+    match ended {
+        Some(state) if is_terminal(&state) => rush.tally.ended(&state),
+        _ => rush.tally.left_open(order, token),
+    }
+}
+
+/// Tries until there is an order, the sale is over, or patience is. The key stays the same throughout: it is one
+/// intent, and a retry after an unknown outcome must be the same order.
+async fn acquire(rush: &Rush, token: &str) -> Option<String> {
+    let key = Uuid::new_v4().to_string();
+    let body = format!(r#"{{"sale":"{}","quantity":1}}"#, rush.sale);
+    let mut pause = Duration::from_millis(300);
+    loop {
+        let sent = Instant::now();
+        let answer = rush.client.send(Method::POST, "/v1/orders", token, Some(&key), Some(body.clone())).await;
+        let hint = match answer {
+            Ok(answer) if answer.status == StatusCode::ACCEPTED || answer.status == StatusCode::OK => {
+                rush.tally.accepted(rush.start, sent);
+                return Some(answer.json()["name"].as_str().unwrap_or_default().to_owned());
+            }
+            Ok(answer) => {
+                let reason = answer.reason();
+                rush.tally.refused(&reason, sent);
+                let may_help = matches!(answer.status.as_u16(), 429 | 503 | 504) || reason == "SALE_NOT_STARTED";
+                if !may_help {
+                    return None;
+                }
+                answer.retry_after
+            }
+            Err(_) => {
+                rush.tally.refused("NO_ANSWER", sent);
+                None
+            }
+        };
+        // Spread out and growing, so that a crowd told the same thing does not come back as one.
+        let wait = pause.max(hint.unwrap_or_default()).mul_f64(rand::random_range(0.5..1.5));
+        if Instant::now() + wait > rush.patience {
+            rush.tally.gave_up();
+            return None;
+        }
+        tokio::time::sleep(wait).await;
+        pause = (pause * 2).min(Duration::from_secs(8));
+    }
+}
+
+/// Waits until the order is locked or refused.
+async fn leaves_placed(rush: &Rush, path: &str, token: &str) -> Option<String> {
+    loop {
+        let path = format!("{path}?wait=2s");
+        let answer = insist(rush, &rush.waiting, Method::GET, &path, token, None, "").await?;
+        let state = state_of(&answer);
+        if state != "PLACED" {
+            return Some(state);
+        }
+    }
+}
+
+async fn pay(rush: &Rush, path: &str, token: &str, method: &str) -> Option<String> {
+    let key = Uuid::new_v4().to_string();
+    let body = format!(r#"{{"paymentMethod":"{method}"}}"#);
+    let sent = Instant::now();
+    let answer = insist(rush, &rush.client, Method::POST, &format!("{path}:pay"), token, Some(&key), &body).await?;
+    if answer.status == StatusCode::OK {
+        let state = state_of(&answer);
+        if state == "PAID" {
+            rush.tally.paid(sent);
+        }
+        Some(state)
+    } else {
+        rush.tally.not_paid(&answer.reason());
+        None
+    }
+}
+
+/// Sends until there is an answer that is not "try again". Only for what is safe to repeat, which is everything here.
+pub async fn insist(
+    rush: &Rush,
+    client: &Client,
+    method: Method,
+    path: &str,
+    token: &str,
+    key: Option<&str>,
+    body: &str,
+) -> Option<Answer> {
+    let mut pause = Duration::from_millis(200);
+    for _ in 0..60 {
+        let body = (!body.is_empty()).then(|| body.to_owned());
+        match client.send(method.clone(), path, token, key, body).await {
+            Ok(answer) if !matches!(answer.status.as_u16(), 429 | 503 | 504) => return Some(answer),
+            Ok(answer) => rush.tally.retried(&answer.reason()),
+            Err(_) => rush.tally.retried("NO_ANSWER"),
+        }
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+    None
+}
+
+/// The order's state.
+pub fn state_of(answer: &Answer) -> String {
+    answer.json()["state"].as_str().unwrap_or("UNKNOWN").to_owned()
+}
+
+/// Whether nothing more comes of it.
+pub fn is_terminal(state: &str) -> bool {
+    matches!(state, "PAID" | "REJECTED" | "EXPIRED" | "CANCELLED" | "REFUNDED")
+}
