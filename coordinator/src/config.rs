@@ -10,6 +10,8 @@ use crate::engine::{
 /// How sagas are driven.
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Coordinator")]
+// Every role's struct has this name, and groups of one command must not.
+#[group(id = "coordinator")]
 pub struct Config {
     /// Orders accepted, changed or read in one call or transaction, at most.
     #[arg(long, env = "SECKILL_SAGA_BATCH", default_value_t = Config::default().saga_batch)]
@@ -161,5 +163,26 @@ impl Config {
             compensations: self.saga_compensations,
             recovery_batch: self.saga_recovery_batch,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Program {
+        #[command(flatten)]
+        config: Config,
+    }
+
+    #[test]
+    fn no_flags_are_the_defaults_and_flags_win() {
+        let defaults = Program::parse_from(["program"]).config;
+        assert_eq!(format!("{defaults:?}"), format!("{:?}", Config::default()));
+        let config = Program::parse_from(["program", "--saga-lease-ms", "7"]).config;
+        assert_eq!(config.limits().lease, Duration::from_millis(7));
     }
 }

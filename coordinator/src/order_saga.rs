@@ -100,32 +100,20 @@ named! {
 pub struct OrderSaga;
 
 /// Every step of an order, in order. What stands before the pivot says what undoes it.
+#[rustfmt::skip] // A step a line: it is a table.
 pub fn plan(policy: Policy) -> Plan<OrderSaga> {
     Plan::builder(policy)
-        // Both run in the funnel, before the saga is written: the message in the stream repeats them.
-        .step("lock")
-        .action(stock::lock)
-        .compensation("release", stock::release)
-        .step("record")
-        .action(record::create)
-        .compensation("close", record::close)
-        .step("intend")
-        .action(record::show)
-        .compensation("void", money::void)
-        .pivot("charge")
-        .action(money::charge)
-        .forward("deduct")
-        .action(stock::deduct)
-        .forward("mark_paid")
-        .action(record::mark_paid)
-        .forward("announce")
-        .action(record::announce)
+        // These two run in the funnel, before the saga is written: the message in the stream repeats them.
+        .step("lock").action(stock::lock).compensation("release", stock::release)
+        .step("record").action(record::create).compensation("close", record::close)
+        .step("intend").action(record::show).compensation("void", money::void)
+        .pivot("charge").action(money::charge)
+        .forward("deduct").action(stock::deduct)
+        .forward("mark_paid").action(record::mark_paid)
+        .forward("announce").action(record::announce)
         // Only for money that came late. The refund has a saga of its own and is waited for.
-        .forward("reacquire")
-        .action(late::reacquire)
-        .forward("refund")
-        .action(late::refund)
-        .for_ever()
+        .forward("reacquire").action(late::reacquire)
+        .forward("refund").action(late::refund).for_ever()
         .build()
 }
 

@@ -45,12 +45,11 @@ named! {
 pub struct RefundSaga;
 
 /// Every step of a refund, in order.
+#[rustfmt::skip] // A step a line: it is a table.
 pub fn plan(policy: Policy) -> Plan<RefundSaga> {
     Plan::builder(policy)
-        .pivot("return")
-        .action(refunding::give_back)
-        .forward("mark_refunded")
-        .action(refunding::mark_refunded)
+        .pivot("return").action(refunding::give_back)
+        .forward("mark_refunded").action(refunding::mark_refunded)
         .build()
 }
 
