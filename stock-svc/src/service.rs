@@ -94,7 +94,10 @@ async fn apply(engine: Engine, calls: Vec<Operations>) -> Vec<Outcomes> {
                 let mut results = results.into_iter();
                 outcomes.extend(sizes.into_iter().map(|size| Ok(results.by_ref().take(size).collect())));
             }
-            Err(error) => outcomes.extend(sizes.into_iter().map(|_| Err(error.clone()))),
+            Err(error) => {
+                tracing::warn!(%error, calls = sizes.len(), "a transaction failed");
+                outcomes.extend(sizes.into_iter().map(|_| Err(error.clone())));
+            }
         }
     }
     outcomes

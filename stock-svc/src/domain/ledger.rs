@@ -193,6 +193,16 @@ impl Book {
         }
     }
 
+    /// A hold as it is now.
+    pub fn hold(&self, id: HoldId) -> Option<&Hold> {
+        self.holds.get(&id)
+    }
+
+    /// Learns of a hold that another sale's book has made in the same transaction: ids belong to all sales together.
+    pub fn learn(&mut self, id: HoldId, hold: &Hold) {
+        self.holds.entry(id).or_insert_with(|| hold.clone());
+    }
+
     /// The ledger as it is now.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger

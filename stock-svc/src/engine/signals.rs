@@ -156,7 +156,7 @@ impl Engine {
         let started = Instant::now();
         let now = self.0.clock.now_ms();
         let version = self.0.signals.next_version(now);
-        let Some(mut record) = self.records(std::slice::from_ref(sale)).await?.remove(sale) else { return Ok(()) };
+        let Some(mut record) = self.records([sale]).await?.remove(sale) else { return Ok(()) };
         let header = self.0.permits.header(sale).await?;
         if let Some(header) = &header {
             // The permits may have heard of sold units from a process that this one has not.

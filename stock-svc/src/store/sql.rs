@@ -393,6 +393,7 @@ async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64
         let bought = read_bought(tx, id, &buyers).await?;
         books.insert(id.clone(), open_book(record, there, bought));
     }
+    let shared = shared_holds(items);
     let mut applied = Applied::default();
     for (sale, operation) in items {
         let result = match (books.get_mut(sale), operation) {
@@ -405,6 +406,7 @@ async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64
             (Some(book), Operation::Sweep(pending)) => Ok(Outcome::Swept(book.sweep(pending))),
         };
         applied.results.push(result);
+        share(&mut books, &shared, sale, operation.hold());
     }
     let mut all_changes = Vec::with_capacity(books.len());
     for (id, book) in books {
@@ -421,6 +423,32 @@ async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64
     write(tx, all_changes, now).await?;
     applied.records = records;
     Ok(applied)
+}
+
+/// Holds that a batch wants in more than one sale: a buyer may use one request id for several.
+fn shared_holds(items: &[(SaleId, Operation)]) -> BTreeMap<HoldId, BTreeSet<&SaleId>> {
+    let mut sales_of = BTreeMap::<_, BTreeSet<_>>::new();
+    for (sale, operation) in items {
+        sales_of.entry(operation.hold()).or_default().insert(sale);
+    }
+    sales_of.retain(|_, sales| sales.len() > 1);
+    sales_of
+}
+
+/// Tells the other sales' books of such a hold, now that one has made it.
+fn share(
+    books: &mut BTreeMap<SaleId, Book>,
+    shared: &BTreeMap<HoldId, BTreeSet<&SaleId>>,
+    made_in: &SaleId,
+    id: HoldId,
+) {
+    let Some(sales) = shared.get(&id) else { return };
+    let Some(hold) = books.get(made_in).and_then(|book| book.hold(id)).cloned() else { return };
+    for sale in sales.iter().filter(|sale| **sale != made_in) {
+        if let Some(book) = books.get_mut(*sale) {
+            book.learn(id, &hold);
+        }
+    }
 }
 
 impl Operation {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fred::interfaces::{ClientLike, LuaInterface};
 use proto::{BuyerId, OrderId, RequestId, SaleId};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use stock_svc::{
@@ -270,6 +271,20 @@ async fn pending_lists_old_grants_until_they_are_marked() {
         permits.persisted(&sale, 1, vec![holds[1], new_hold()]).await.unwrap();
         assert_eq!(listed(9999, 10).await, [holds[2], holds[0]], "{kind}");
     }
+}
+
+#[tokio::test]
+async fn a_server_that_forgot_the_scripts_is_told_them_again() {
+    let Some(url) = mesh::testing::server("SECKILL_TEST_REDIS_URL") else { return };
+    let permits = Redis::connect(&url).await.unwrap();
+    let sale = opened(&permits, 2, 1).await;
+    let operator = fred::types::Builder::from_config(fred::types::config::Config::from_url(&url).unwrap());
+    let operator = operator.build().unwrap();
+    operator.init().await.unwrap();
+    operator.script_flush(false).await.unwrap();
+    let acquired = acquire(&permits, &sale, 1500, wish(new_hold(), "alice", 1)).await;
+    assert!(matches!(acquired, Acquired::Fresh(_)), "{acquired:?}");
+    assert_eq!(free(&permits, &sale).await, 1);
 }
 
 #[tokio::test]

@@ -1,0 +1,243 @@
+//! Crashes and lost dependencies, on every database.
+
+use std::time::Duration;
+
+use futures::future::join_all;
+use mesh::testing::eventually;
+use proto::{Reason, internal::Grant, v1};
+use stock_svc::{
+    domain::permits::{Claimed, Opening, Raise, Withdrawn},
+    store::{Operation, Store},
+};
+
+use crate::world::*;
+
+#[tokio::test]
+async fn e11_a_grant_that_became_nothing_is_back_within_the_sweeps_bound() {
+    for world in worlds().await {
+        let sale = world.sale(3, 1).await;
+        let (lost, placed) = (wanted(&sale, "alice", 1), wanted(&sale, "bob", 1));
+        let grant = granted(&world.client, &lost).await;
+        world.place(&placed).await.unwrap();
+        // The funnel has not passed: bob's order is on its way, and nothing is given back however old it is.
+        tokio::time::sleep(world.config.grant_grace * 2).await;
+        assert_eq!(world.report(&sale).await.permits, 1, "{}", world.name);
+        assert_eq!(world.funnel().await.run().await, 1, "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held), (2, 1), "{}", world.name);
+        // Too late: the tombstone has won.
+        let late = lock(&world.client, &lost, &grant).await;
+        assert_eq!(late, LockedAs::Refused(Reason::PermitLapsed), "{}", world.name);
+        assert_eq!(acquire(&world.client, &lost).await, Got::Released, "{}", world.name);
+        hold(&world.client, &wanted(&sale, "alice", 1)).await;
+    }
+}
+
+#[tokio::test]
+async fn e12_a_release_whose_refund_was_not_sent_catches_up_after_a_restart() {
+    for mut world in worlds().await {
+        let sale = world.sale(1, 1).await;
+        let held = wanted(&sale, "alice", 1);
+        let grant = hold(&world.client, &held).await;
+        // Dead between the ledger's release and the refund.
+        world.life.kill();
+        let release = Operation::Release { hold: held.hold, order: held.hold, buyer: held.buyer.clone() };
+        let applied = world.store().apply(vec![(sale.clone(), release)], 0).await.unwrap();
+        assert!(applied.has_refunds, "{}", world.name);
+        assert_eq!(world.permits().header(&sale).await.unwrap().unwrap().free, 0, "{}", world.name);
+        world.restart().await;
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.permits), (1, 1), "{}", world.name);
+        let late = lock(&world.client, &held, &grant).await;
+        assert_eq!(late, LockedAs::Refused(Reason::PermitLapsed), "{}: no oversell", world.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e13_permits_lost_mid_sale_cost_no_accepted_order_its_unit() {
+    for world in worlds().await {
+        let sale = world.sale(30, 1).await;
+        let funnel = world.funnel().await;
+        let mut accepted = Vec::new();
+        for i in 0..10 {
+            let wanted = wanted(&sale, &format!("early-{i}"), 1);
+            accepted.push((wanted.clone(), world.place(&wanted).await.unwrap()));
+        }
+        funnel.run().await;
+        // Five more are accepted and not locked; one was granted and its order never stored.
+        for i in 10..15 {
+            let wanted = wanted(&sale, &format!("early-{i}"), 1);
+            accepted.push((wanted.clone(), world.place(&wanted).await.unwrap()));
+        }
+        granted(&world.client, &wanted(&sale, "vanished", 1)).await;
+        world.lose_permits(&sale).await;
+        // Nobody is told "sold out", and nothing opens before the accepted orders have their units.
+        for i in 0..20 {
+            let got = acquire(&world.client, &wanted(&sale, &format!("waiting-{i}"), 1)).await;
+            assert_eq!(got, Got::Refused(Reason::StockRebuilding), "{}", world.name);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(world.report(&sale).await.state(), v1::PermitState::Rebuilding, "{}", world.name);
+        funnel.run().await;
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held), (15, 15), "{}", world.name);
+        // Accepted orders find their grants again, with the answer they had (E2), and limits still count (E37).
+        for (wanted, grant) in &accepted {
+            let again = Got::Granted(Grant { fresh: false, ..grant.clone() });
+            assert_eq!(acquire(&world.client, wanted).await, again, "{}", world.name);
+        }
+        let more = acquire(&world.client, &crate::world::wanted(&sale, "early-3", 1)).await;
+        assert_eq!(more, Got::AtLimit(accepted[3].0.hold.to_string()), "{}", world.name);
+        // Exactly the rest can be sold.
+        let late = join_all((0..40).map(|i| {
+            let (world, wanted) = (&world, wanted(&sale, &format!("late-{i}"), 1));
+            async move { world.place(&wanted).await.is_some() }
+        }))
+        .await;
+        assert_eq!(late.iter().filter(|won| **won).count(), 15, "{}", world.name);
+        funnel.run().await;
+        assert_eq!(world.at_rest(&sale).await.held, 30, "{}", world.name);
+        // A hold from before the loss comes back once.
+        for _ in 0..2 {
+            release(&world.client, &accepted[0].0).await.unwrap();
+        }
+        assert_eq!(world.at_rest(&sale).await.permits, 1, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
+    for world in worlds().await {
+        let sale = world.sale(1, 1).await;
+        let wanted = wanted(&sale, "alice", 1);
+        let stale = granted(&world.client, &wanted).await;
+        world.lose_permits(&sale).await;
+        eventually("the permits are back", async || {
+            (world.report(&sale).await.state() == v1::PermitState::Open).then_some(())
+        })
+        .await;
+        assert_eq!(lock(&world.client, &wanted, &stale).await, LockedAs::Stale, "{}", world.name);
+        let fresh = granted(&world.client, &wanted).await;
+        assert!(fresh.epoch > stale.epoch, "{}", world.name);
+        assert_eq!(lock(&world.client, &wanted, &fresh).await, LockedAs::Locked, "{}", world.name);
+        assert_eq!(world.at_rest(&sale).await.held, 1, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn e14_permits_of_another_server_are_rebuilt() {
+    for world in worlds().await {
+        let sale = world.sale(3, 1).await;
+        // As if a server with other data had taken over: permits that this ledger never opened.
+        let facts = world.standing(&sale).await.record.facts();
+        let claimed = world.permits().claim(&sale, 50, &facts, "another server").await.unwrap();
+        assert_eq!(claimed, Claimed::Yes, "{}", world.name);
+        let forged = Opening { epoch: 50, available: 1000, snapshot_seq: 0, facts };
+        assert!(world.permits().open(&sale, &forged).await.unwrap(), "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!(report.permits, 3, "{}", world.name);
+        assert!(report.epoch > 50, "{}", world.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e15_two_rebuilders_at_once_leave_r_equal_to_a() {
+    for world in worlds().await {
+        let sale = world.sale(10, 1).await;
+        let (other, other_life) = world.another().await;
+        let funnel = world.funnel().await;
+        let held = wanted(&sale, "alice", 1);
+        world.place(&held).await.unwrap();
+        let request = || v1::RebuildStockRequest { sale: sale.to_string() };
+        for _ in 0..5 {
+            let (mut one, mut two) = (world.client.clone(), other.clone());
+            let (one, two) = tokio::join!(one.rebuild_stock(request()), async {
+                funnel.run().await;
+                two.rebuild_stock(request()).await
+            });
+            one.unwrap();
+            two.unwrap();
+        }
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.permits), (9, 1, 9), "{}", world.name);
+        other_life.kill();
+    }
+}
+
+#[tokio::test]
+async fn e15_a_rebuild_whose_process_died_is_taken_over() {
+    for world in worlds().await {
+        let sale = world.sale(4, 1).await;
+        let epoch = world.store().allocate_epoch(&sale, 0).await.unwrap();
+        let server = world.permits().fingerprint().await.unwrap();
+        let facts = world.standing(&sale).await.record.facts();
+        world.permits().claim(&sale, epoch, &facts, &server).await.unwrap();
+        let report = world.at_rest(&sale).await;
+        assert_eq!(report.permits, 4, "{}", world.name);
+        assert!(report.epoch > epoch, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn e16_a_restart_adds_and_loses_no_unit() {
+    for mut world in worlds().await {
+        let sale = world.sale(10, 1).await;
+        let funnel = world.funnel().await;
+        let (held, sold, placed) = (wanted(&sale, "a", 1), wanted(&sale, "b", 1), wanted(&sale, "c", 1));
+        hold(&world.client, &held).await;
+        hold(&world.client, &sold).await;
+        deduct(&world.client, &sold).await.unwrap();
+        world.place(&placed).await.unwrap();
+        granted(&world.client, &wanted(&sale, "d", 1)).await;
+        world.restart().await;
+        world.restart().await;
+        drop(funnel);
+        world.funnel().await.run().await;
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.sold), (7, 2, 1), "{}", world.name);
+        let again = acquire(&world.client, &held).await;
+        assert!(matches!(again, Got::Granted(Grant { fresh: false, .. })), "{}: {again:?}", world.name);
+        // A further process at the same time.
+        let (other, life) = world.another().await;
+        hold(&other, &wanted(&sale, "e", 1)).await;
+        release(&other, &held).await.unwrap();
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.sold), (7, 2, 1), "{}", world.name);
+        life.kill();
+    }
+}
+
+#[tokio::test]
+async fn e21_with_sql_away_locks_fail_and_no_permit_stays_lost() {
+    for mut world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let wanted = wanted(&sale, "alice", 1);
+        let grant = granted(&world.client, &wanted).await;
+        world.lose_database().await;
+        let items = vec![lock_item(&wanted, &grant)];
+        let failed = world.client.clone().lock_stock(proto::internal::LockStockRequest { items }).await;
+        assert_eq!(proto::Error::from(failed.unwrap_err()).reason, Reason::DependencyDown, "{}", world.name);
+        world.find_database().await;
+        world.restart().await;
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.permits), (2, 2), "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn reconciliation_clamps_what_is_too_much_and_raises_what_is_too_little() {
+    for world in worlds().await {
+        let sale = world.sale(10, 1).await;
+        let on_its_way = granted(&world.client, &wanted(&sale, "alice", 1)).await;
+        assert_eq!(on_its_way.epoch, 1, "{}", world.name);
+        let header = world.permits().header(&sale).await.unwrap().unwrap();
+        let forged = Raise { epoch: header.epoch, version: header.version, missing: 5, release_seq: 0 };
+        assert!(world.permits().raise(&sale, &forged).await.unwrap(), "{}", world.name);
+        eventually("clamped", async || (world.report(&sale).await.permits == 9).then_some(())).await;
+        // Lost: a withdrawal whose adjustment never came.
+        assert_eq!(world.permits().withdraw(&sale, 4).await.unwrap(), Withdrawn::Done, "{}", world.name);
+        assert_eq!(world.report(&sale).await.slack, 4, "{}", world.name);
+        eventually("raised", async || (world.report(&sale).await.slack == 0).then_some(())).await;
+        assert_eq!(world.at_rest(&sale).await.permits, 10, "{}: and the orphan is swept", world.name);
+    }
+}

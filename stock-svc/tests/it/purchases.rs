@@ -1,0 +1,343 @@
+//! Purchases: permits, locks, releases and deductions, on every database.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::future::join_all;
+use mesh::{clock::Clock, testing::eventually};
+use proto::{OrderId, Reason, RequestId, SaleId, internal::LookupGrantsRequest, internal::lookup_result, v1};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use stock_svc::{Config, domain::permits::Phase, store::Store};
+
+use crate::world::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e1_a_rush_of_buyers_ends_in_exactly_as_many_holds_as_units() {
+    // Patient: on a busy machine a grant may well wait a moment for its lock.
+    for world in worlds_with(Config::default(), Clock::system()).await {
+        let sale = world.sale(100, 1).await;
+        let buyers: Vec<_> = (0..10_000).map(|i| wanted(&sale, &format!("buyer-{i}"), 1)).collect();
+        let attempts = buyers.chunks(50).map(|buyers| {
+            let (client, buyers) = (world.client.clone(), buyers.to_vec());
+            tokio::spawn(async move {
+                let mut items = Vec::new();
+                for (wanted, got) in buyers.iter().zip(acquire_all(&client, &buyers).await) {
+                    match got {
+                        Got::Granted(grant) => items.push(lock_item(wanted, &grant)),
+                        Got::Refused(Reason::AllHeld) => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                if items.is_empty() { Vec::new() } else { lock_all(&client, items).await }
+            })
+        });
+        let locked: Vec<_> = join_all(attempts).await.into_iter().flat_map(|attempt| attempt.unwrap()).collect();
+        assert_eq!(locked, [LockedAs::Locked; 100], "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.sold, report.total), (0, 100, 0, 100), "{}", world.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e2_one_request_fifty_times_in_parallel_is_one_order_and_one_unit() {
+    for world in worlds().await {
+        let sale = world.sale(1, 1).await;
+        let wanted = wanted(&sale, "alice", 1);
+        let attempts = (0..50).map(|_| {
+            let (client, wanted) = (world.client.clone(), wanted.clone());
+            tokio::spawn(async move {
+                let grant = granted(&client, &wanted).await;
+                assert_eq!(lock(&client, &wanted, &grant).await, LockedAs::Locked);
+                grant
+            })
+        });
+        let grants: Vec<_> = join_all(attempts).await.into_iter().map(|grant| grant.unwrap()).collect();
+        assert_eq!(grants.iter().filter(|grant| grant.fresh).count(), 1, "{}", world.name);
+        assert!(grants.iter().all(|grant| grant.granted_at_ms == grants[0].granted_at_ms), "{}", world.name);
+        assert_eq!(world.at_rest(&sale).await.held, 1, "{}", world.name);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e3_e6_e36_a_release_repeated_returns_one_unit_and_the_buyer_can_buy_again() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let wanted_first = wanted(&sale, "alice", 1);
+        hold(&world.client, &wanted_first).await;
+        let releases = (0..20).map(|_| {
+            let (client, wanted) = (world.client.clone(), wanted_first.clone());
+            tokio::spawn(async move { release_all(&client, vec![release_item(&wanted), release_item(&wanted)]).await })
+        });
+        for results in join_all(releases).await {
+            assert_eq!(results.unwrap(), [Ok(()), Ok(())], "{}", world.name);
+        }
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.permits), (2, 2), "{}", world.name);
+        assert_eq!(acquire(&world.client, &wanted_first).await, Got::Released, "{}: E6", world.name);
+        hold(&world.client, &wanted(&sale, "alice", 1)).await;
+        assert_eq!(release(&world.client, &wanted_first).await, Ok(()), "long after");
+        assert_eq!(world.at_rest(&sale).await.available, 1, "{}", world.name);
+        assert_eq!(deduct(&world.client, &wanted_first).await, Err(Reason::IllegalState), "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn e4_e5_a_release_before_the_lock_makes_the_lock_fail_and_changes_no_counter() {
+    for world in worlds().await {
+        let sale = world.sale(5, 1).await;
+        let early = wanted(&sale, "alice", 1);
+        let grant = granted(&world.client, &early).await;
+        let before = world.standing(&sale).await.record.ledger;
+        assert_eq!(release(&world.client, &early).await, Ok(()), "{}", world.name);
+        assert_eq!(world.standing(&sale).await.record.ledger, before, "{}: E5", world.name);
+        let locked = lock(&world.client, &early, &grant).await;
+        assert_eq!(locked, LockedAs::Refused(Reason::PermitLapsed), "{}: E4", world.name);
+        // Its permit comes back all the same.
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.permits), (5, 5), "{}", world.name);
+        assert_eq!(acquire(&world.client, &early).await, Got::Released, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn a_lock_and_a_deduction_can_be_repeated_and_a_sold_unit_never_comes_back() {
+    for world in worlds().await {
+        let sale = world.sale(5, 3).await;
+        let bought = wanted(&sale, "alice", 3);
+        let grant = granted(&world.client, &bought).await;
+        let twice = vec![lock_item(&bought, &grant), lock_item(&bought, &grant)];
+        assert_eq!(lock_all(&world.client, twice).await, [LockedAs::Locked; 2], "{}", world.name);
+        for _ in 0..2 {
+            assert_eq!(deduct(&world.client, &bought).await, Ok(()), "{}", world.name);
+        }
+        assert_eq!(release(&world.client, &bought).await, Err(Reason::IllegalState), "{}", world.name);
+        assert_eq!(lock(&world.client, &bought, &grant).await, LockedAs::Locked, "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.sold), (2, 0, 3), "{}", world.name);
+        let never = wanted(&sale, "bob", 1);
+        assert_eq!(deduct(&world.client, &never).await, Err(Reason::IllegalState), "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn the_ledger_keeps_the_limit_and_its_stock_even_against_forged_grants() {
+    for world in worlds().await {
+        let sale = world.sale(2, 2).await;
+        let first = wanted(&sale, "alice ", 2);
+        let grant = hold(&world.client, &first).await;
+        // A grant that permits never gave.
+        let forged = |name: &str| wanted(&sale, name, 1);
+        let (over, stranger) = (forged("alice "), forged("alice"));
+        let items = vec![lock_item(&over, &grant), lock_item(&stranger, &grant)];
+        let expected = [LockedAs::Refused(Reason::PurchaseLimitReached), LockedAs::Refused(Reason::AllHeld)];
+        assert_eq!(lock_all(&world.client, items).await, expected, "{}", world.name);
+        // What was refused once stays so, for the same reason, though there is stock again.
+        release(&world.client, &first).await.unwrap();
+        let again = lock(&world.client, &stranger, &grant).await;
+        assert_eq!(again, LockedAs::Refused(Reason::AllHeld), "{}", world.name);
+        deduct_all_of(&world, &sale).await;
+        let late = lock(&world.client, &forged("carol"), &grant).await;
+        assert_eq!(late, LockedAs::Refused(Reason::SoldOut), "{}", world.name);
+        assert_eq!(world.at_rest(&sale).await.sold, 2, "{}", world.name);
+    }
+}
+
+async fn deduct_all_of(world: &World, sale: &SaleId) {
+    let rest = wanted(sale, "dave", 2);
+    world.at_rest(sale).await;
+    hold(&world.client, &rest).await;
+    deduct(&world.client, &rest).await.unwrap();
+}
+
+#[tokio::test]
+async fn e7_e35_e37_quantities_are_whole_and_limits_hold() {
+    for world in worlds().await {
+        let sale = world.sale(3, 2).await;
+        let attempts = join_all((0..30).map(|_| {
+            let (client, wanted) = (world.client.clone(), wanted(&sale, "alice", 1));
+            async move { (acquire(&client, &wanted).await, wanted) }
+        }))
+        .await;
+        let won: Vec<_> = attempts.iter().filter(|(got, _)| matches!(got, Got::Granted(_))).collect();
+        assert_eq!(won.len(), 2, "{}: E35", world.name);
+        let newest = |hold: &str| won.iter().any(|(_, wanted)| wanted.hold.to_string() == hold);
+        for (got, _) in &attempts {
+            assert!(matches!(got, Got::Granted(_)) || matches!(got, Got::AtLimit(last) if newest(last)), "{got:?}");
+        }
+        let many = acquire(&world.client, &wanted(&sale, "bob", 3)).await;
+        assert_eq!(many, Got::Refused(Reason::PurchaseLimitReached), "{}", world.name);
+        let two = acquire(&world.client, &wanted(&sale, "bob", 2)).await;
+        assert_eq!(two, Got::Refused(Reason::AllHeld), "{}: E7, one is left", world.name);
+        for bad in [0, -1, i64::MAX, i64::MIN] {
+            let got = acquire(&world.client, &wanted(&sale, "bob", bad)).await;
+            assert_eq!(got, Got::Refused(Reason::InvalidField), "{}", world.name);
+        }
+        let unknown = SaleId::generate(&RequestId::random());
+        let got = acquire(&world.client, &wanted(&unknown, "bob", 1)).await;
+        assert_eq!(got, Got::Refused(Reason::NotFound), "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn e34_the_servers_clock_decides_when_a_sale_runs() {
+    let (clock, now) = Clock::manual(1_000_000);
+    for world in worlds_with(impatient(), clock).await {
+        now.store(1_000_000, Ordering::SeqCst);
+        let time = |ms: i64| Some(prost_types::Timestamp { seconds: ms / 1000, nanos: (ms % 1000) as i32 * 1_000_000 });
+        let request =
+            v1::CreateSaleRequest { start_time: time(2_000_000), end_time: time(3_000_000), ..create_request(5) };
+        let sale = world.create(request).await;
+        for (at, expected) in [
+            (1_999_999, Err(Reason::SaleNotStarted)),
+            (2_000_000, Ok(())),
+            (2_999_999, Ok(())),
+            (3_000_000, Err(Reason::SaleEnded)),
+        ] {
+            now.store(at, Ordering::SeqCst);
+            let got = match acquire(&world.client, &wanted(&sale, &format!("buyer-{at}"), 1)).await {
+                Got::Granted(grant) => {
+                    assert_eq!(grant.granted_at_ms, at, "{}", world.name);
+                    Ok(())
+                }
+                Got::Refused(reason) => Err(reason),
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(got, expected, "{} at {at}", world.name);
+        }
+    }
+}
+
+#[tokio::test]
+async fn e38_all_held_becomes_a_purchase_when_a_hold_lapses_and_sold_out_never_does() {
+    for world in worlds().await {
+        let sale = world.sale(1, 1).await;
+        let first = wanted(&sale, "alice", 1);
+        hold(&world.client, &first).await;
+        let second = wanted(&sale, "bob", 1);
+        assert_eq!(acquire(&world.client, &second).await, Got::Refused(Reason::AllHeld), "{}", world.name);
+        release(&world.client, &first).await.unwrap();
+        world.at_rest(&sale).await;
+        hold(&world.client, &second).await;
+        deduct(&world.client, &second).await.unwrap();
+        let third = wanted(&sale, "carol", 1);
+        eventually("sold out is known", async || {
+            let got = acquire(&world.client, &third).await;
+            (got == Got::Refused(Reason::SoldOut)).then_some(())
+        })
+        .await;
+        assert_eq!(release(&world.client, &second).await, Err(Reason::IllegalState), "{}", world.name);
+        assert_eq!(acquire(&world.client, &third).await, Got::Refused(Reason::SoldOut), "{}", world.name);
+        // E2: the winner is never told so.
+        assert!(matches!(acquire(&world.client, &second).await, Got::Granted(_)), "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn one_request_id_for_two_sales_holds_in_one_and_costs_the_other_nothing() {
+    for world in worlds().await {
+        let (spring, autumn) = (world.sale(1, 1).await, world.sale(1, 1).await);
+        let here = wanted(&spring, "alice", 1);
+        let there = Wanted { sale: autumn.clone(), ..here.clone() };
+        let grants = (granted(&world.client, &here).await, granted(&world.client, &there).await);
+        let items = vec![lock_item(&here, &grants.0), lock_item(&there, &grants.1)];
+        let expected = [LockedAs::Locked, LockedAs::Refused(Reason::PermitLapsed)];
+        assert_eq!(lock_all(&world.client, items).await, expected, "{}", world.name);
+        assert_eq!(world.at_rest(&autumn).await.permits, 1, "{}", world.name);
+        assert_eq!(world.at_rest(&spring).await.held, 1, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn grants_are_found_by_hold_and_not_knowing_is_said() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let known = wanted(&sale, "alice", 1);
+        let grant = granted(&world.client, &known).await;
+        let stranger = OrderId::derive(&known.buyer, &RequestId::random());
+        let lookup = async || {
+            let hold_ids = vec![known.hold.to_string(), stranger.to_string(), "nonsense".to_owned()];
+            let answer = world.client.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap();
+            answer.into_inner().results.into_iter().map(|result| result.result.unwrap()).collect::<Vec<_>>()
+        };
+        let again = proto::internal::Grant { fresh: false, ..grant };
+        let expected = [
+            lookup_result::Result::Granted(again),
+            lookup_result::Result::Absent(()),
+            lookup_result::Result::Absent(()),
+        ];
+        assert_eq!(lookup().await, expected, "{}", world.name);
+        // Claimed by a rebuild that never ends.
+        let facts = world.standing(&sale).await.record.facts();
+        world.permits().claim(&sale, 99, &facts, "elsewhere").await.unwrap();
+        let expected = [lookup_result::Result::Unknown(()), lookup_result::Result::Unknown(())];
+        assert_eq!(lookup().await[..2], expected, "{}", world.name);
+    }
+}
+
+/// Buyers, retries, payments, releases, adjustments and lost messages all at once, while I1 and I2 are sampled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn e10_the_invariants_hold_at_every_sampled_instant() {
+    let seed: u64 = std::env::var("SECKILL_TEST_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(rand::random);
+    println!("to repeat it: SECKILL_TEST_SEED={seed}");
+    for world in worlds().await {
+        let world = Arc::new(world);
+        let sale = world.sale(20, 2).await;
+        world.funnel().await.run().await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let sampler = tokio::spawn({
+            let (world, sale, stop) = (world.clone(), sale.clone(), stop.clone());
+            async move {
+                let mut samples = 0;
+                while !stop.load(Ordering::SeqCst) {
+                    // The permits first: what the ledger offers can only have grown since.
+                    let header = world.permits().header(&sale).await.unwrap().unwrap();
+                    let ledger = world.standing(&sale).await.record.ledger;
+                    assert_eq!(ledger.available + ledger.held + ledger.sold, ledger.total, "I1");
+                    if header.phase == Phase::Open && header.epoch == ledger.epoch {
+                        assert!(header.offered() <= ledger.offerable(), "I2: {header:?} {ledger:?}");
+                        samples += 1;
+                    }
+                }
+                samples
+            }
+        });
+        let buyers = (0..16_u64).map(|i| {
+            let (world, sale) = (world.clone(), sale.clone());
+            let mut rng = StdRng::seed_from_u64(seed.wrapping_add(i));
+            tokio::spawn(async move {
+                for _ in 0..25 {
+                    let wanted = wanted(&sale, &format!("buyer-{}", rng.random_range(0..24)), rng.random_range(1..=2));
+                    let client = world.client.clone();
+                    let Got::Granted(grant) = acquire(&client, &wanted).await else { continue };
+                    // One in ten dies here: the sweep's business.
+                    if rng.random_bool(0.1) || lock(&client, &wanted, &grant).await != LockedAs::Locked {
+                        continue;
+                    }
+                    assert_eq!(
+                        acquire(&client, &wanted).await,
+                        Got::Granted(proto::internal::Grant { fresh: false, ..grant })
+                    );
+                    if rng.random_bool(0.2) {
+                        deduct(&client, &wanted).await.unwrap();
+                    } else {
+                        release(&client, &wanted).await.unwrap();
+                    }
+                }
+            })
+        });
+        for buyer in join_all(buyers).await {
+            buyer.unwrap();
+        }
+        stop.store(true, Ordering::SeqCst);
+        let samples = sampler.await.unwrap();
+        assert!(samples > 10, "{}: {samples} samples", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.held, report.slack), (0, 0), "{}", world.name);
+        tokio::time::timeout(Duration::from_secs(5), world.store().outbox(0, &[], 10)).await.unwrap().unwrap();
+    }
+}
