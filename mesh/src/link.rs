@@ -18,7 +18,10 @@ use tonic::{
 };
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
-use crate::layers::{self, ClientConfig};
+use crate::{
+    layers::{self, ClientConfig},
+    serve,
+};
 
 /// Any error of a transport.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -50,7 +53,8 @@ impl Link {
             Endpoint::from(uri)
                 .connect_timeout(Duration::from_secs(2))
                 .tcp_nodelay(true)
-                .http2_adaptive_window(true)
+                .initial_connection_window_size(serve::CONNECTION_WINDOW)
+                .initial_stream_window_size(serve::STREAM_WINDOW)
                 .http2_keep_alive_interval(Duration::from_secs(10))
                 .keep_alive_timeout(Duration::from_secs(5))
                 .keep_alive_while_idle(true)

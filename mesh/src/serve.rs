@@ -19,6 +19,12 @@ use crate::lifecycle::Lifecycle;
 const MAX_STREAMS: u32 = 10_000;
 /// Resets that a connection may send before it is cut.
 const MAX_RESETS: usize = 10_000;
+/// What may be on its way on one connection. Also decides how many small, unread DATA frames the peer may send before
+/// h2 answers with GOAWAY: every unary gRPC request is one, so the default of 64 KiB (and the adaptive window, which
+/// begins with it) would cut a connection on which a crowd calls at once.
+pub const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+/// What may be on its way for one call.
+pub const STREAM_WINDOW: u32 = 1024 * 1024;
 /// A client that does not finish its headers is not a client.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -48,7 +54,8 @@ where
             .max_concurrent_streams(MAX_STREAMS)
             .max_pending_accept_reset_streams(MAX_RESETS)
             .max_local_error_reset_streams(MAX_RESETS)
-            .adaptive_window(true)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_stream_window_size(STREAM_WINDOW)
             .keep_alive_interval(Duration::from_secs(20));
         let graceful = GracefulShutdown::new();
         loop {
@@ -67,9 +74,8 @@ where
             };
             // Only costs latency when it fails.
             let _ = stream.set_nodelay(true);
-            let connection = builder
-                .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service.clone()))
-                .into_owned();
+            let connection =
+                builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service.clone())).into_owned();
             let connection = graceful.watch(connection);
             stopping.spawn(async move {
                 if let Err(error) = connection.await {

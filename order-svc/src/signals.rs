@@ -27,7 +27,8 @@ impl Signals {
     pub(crate) fn start(bus: SharedBus, life: &Lifecycle) -> Self {
         let (queue, mut changed) = mpsc::channel(QUEUE);
         let stopping = life.soft_token();
-        life.spawn_essential("order signals", async move {
+        // Ends with the service in it, which in one process may go before this role is told to stop.
+        life.spawn(async move {
             let mut records: Vec<Record> = Vec::with_capacity(ORDERS);
             loop {
                 tokio::select! {

@@ -258,11 +258,15 @@ impl<S: Saga> Engine<S> {
             }
             left = going;
         }
+        let mut results: Vec<(bool, Row)> = Vec::new();
         match done {
             Some(event) => changes.extend(left.into_iter().map(|(row, patch)| (row, event, patch))),
-            None => self.rest(left.iter().map(|(row, _)| row)).await,
+            None => {
+                self.rest(left.iter().map(|(row, _)| row)).await;
+                // They made no transition, and are answered all the same: one row out for every row in.
+                results.extend(left.into_iter().map(|(row, _)| (false, Row { next_attempt_at: None, ..row })));
+            }
         }
-        let mut results: Vec<(bool, Row)> = Vec::new();
         results.extend(self.postpone(failed).await.into_iter().map(|row| (false, row)));
         results.extend(self.settle(changes).await);
         results

@@ -189,7 +189,7 @@ async fn e13_redis_emptied_in_mid_rush_is_never_sold_out_and_loses_nothing() {
     let sale = site.sale(400, WINDOW).await;
     let crowd = Crowd::gather(&site, &sale, 1500);
     eventually("the rush is on", async || (crowd.so_far().await >= 60).then_some(())).await;
-    use fred::prelude::{ClientLike, ServerInterface};
+    use fred::prelude::ClientLike;
     let config = fred::prelude::Config::from_url(mesh.storage.redis_url.as_deref().expect("set")).expect("a URL");
     let redis = fred::prelude::Builder::from_config(config).build().expect("a client");
     redis.init().await.expect("Redis answers");

@@ -1,4 +1,7 @@
 //! The whole mesh, by its public door.
 
+// The futures of a whole mesh are deep.
+#![recursion_limit = "256"]
+
 mod kills;
 mod sale;

@@ -1,6 +1,10 @@
 //! Edge cases that are about more than one service, on embedded backends, through the public door.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use e2e::{World, reason};
 use mesh::testing::eventually;
@@ -11,18 +15,18 @@ use uuid::Uuid;
 const LONG: Duration = Duration::from_secs(900);
 const SHORT: Duration = Duration::from_secs(2);
 
-/// So many buyers at once; answers how many got an order, by name, and the reasons of the others.
-async fn rush(world: &Arc<World>, sale: &str, buyers: usize) -> (HashSet<String>, Vec<Reason>) {
+/// So many buyers at once; answers how many got an order, by name, and how often each reason was given to the others.
+async fn rush(world: &Arc<World>, sale: &str, buyers: usize) -> (HashSet<String>, BTreeMap<String, usize>) {
     let mut visits = JoinSet::new();
     for i in 0..buyers {
         let (buyer, sale) = (world.buyer(&format!("buyer-{i}")), sale.to_owned());
         visits.spawn(async move { buyer.place(&sale).await });
     }
-    let (mut orders, mut reasons) = (HashSet::new(), Vec::new());
+    let (mut orders, mut reasons) = (HashSet::new(), BTreeMap::new());
     while let Some(answer) = visits.join_next().await {
         match answer.expect("no panic") {
             Ok(order) => drop(orders.insert(order.name)),
-            Err(error) => reasons.push(error.reason),
+            Err(error) => *reasons.entry(error.to_string()).or_default() += 1,
         }
     }
     (orders, reasons)
@@ -33,9 +37,10 @@ async fn e1_a_hundred_units_and_ten_thousand_buyers_end_in_a_hundred_held_orders
     let world = Arc::new(World::embedded().await);
     let sale = world.sale(100, LONG).await;
     let (orders, reasons) = rush(&world, &sale, 10_000).await;
-    assert_eq!(orders.len(), 100);
+    assert_eq!(orders.len(), 100, "{reasons:?}");
     // I8: everything is held and nothing is sold, so nobody may be told that it is over.
-    assert!(reasons.iter().all(|r| matches!(r, Reason::AllHeld | Reason::Overloaded)), "{reasons:?}");
+    let allowed = |reason: &String| reason.starts_with("ALL_HELD") || reason.starts_with("OVERLOADED");
+    assert!(reasons.keys().all(allowed), "{reasons:?}");
     let report = eventually("a hundred held", async || {
         let report = world.operator().stock(&sale).await.ok()?;
         (report.held == 100).then_some(report)
@@ -74,7 +79,7 @@ async fn e6_a_request_id_whose_order_was_released_returns_that_closed_order() {
     alice.leaves(&order.name, OrderState::Placed).await;
     alice.cancel(&order.name).await.expect("cancelled");
     let again = alice.place_as(&sale, 1, &key).await.expect("the closed order");
-    assert_eq!((again.name, again.state()), (order.name, OrderState::Cancelled));
+    assert_eq!((again.state(), again.name), (OrderState::Cancelled, order.name));
     let report = world.rest(&sale).await;
     assert_eq!(report.available, 1);
 }
