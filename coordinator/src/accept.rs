@@ -36,6 +36,9 @@ use crate::{
 /// Permits of this epoch have never been lost: a fresh grant is an order that nobody has seen.
 const FIRST_EPOCH: i64 = 1;
 
+/// How long a granted order may be without a saga: longer than any backlog of the funnel that is not an outage.
+const UNWRITTEN: Duration = Duration::from_secs(600);
+
 /// Takes orders. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Accept {
@@ -118,9 +121,12 @@ impl Accept {
         }
         match self.calls.lookup(&[last]).await?.pop() {
             Some(Ok(Looked::Granted(grant))) => {
+                // An order without a saga is a young one. An old grant without a saga is a late capture's own hold,
+                // which is nobody's order.
+                let young = self.calls.clock.now_ms() < grant.granted_at_ms + UNWRITTEN.as_millis() as i64;
                 let placed = Placed::from_grant(&grant)?;
                 let theirs = placed.buyer == wanted.buyer && placed.sale_id == wanted.sale_id;
-                if theirs { Ok(placed_order(&placed)) } else { Err(reached()) }
+                if theirs && young { Ok(placed_order(&placed)) } else { Err(reached()) }
             }
             _ => Err(reached()),
         }

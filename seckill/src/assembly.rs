@@ -54,6 +54,8 @@ pub struct Mesh {
     pub permits: Option<SharedPermits>,
     /// In the order in which they were started.
     roles: Vec<Lifecycle>,
+    /// Bus and admin port: stopped last.
+    base: Lifecycle,
 }
 
 /// Links to the roles that others call.
@@ -80,12 +82,20 @@ impl Mesh {
     /// Stops every role, the gateway first. What does not end within the grace is dropped: the log has it.
     pub async fn stop(self, grace: Duration) {
         let deadline = tokio::time::Instant::now() + grace;
-        for role in self.roles.into_iter().rev() {
-            let left = deadline.saturating_duration_since(tokio::time::Instant::now());
-            if !role.stop(left).await {
-                tracing::warn!("a role did not stop in time and was dropped");
-            }
+        let Self { roles, base, backends, permits, .. } = self;
+        for role in roles.into_iter().rev() {
+            stop_by(deadline, role).await;
         }
+        // The bus's tasks end with its last handle.
+        drop((backends, permits));
+        stop_by(deadline, base).await;
+    }
+}
+
+async fn stop_by(deadline: tokio::time::Instant, life: Lifecycle) {
+    let left = deadline.saturating_duration_since(tokio::time::Instant::now());
+    if !life.stop(left).await {
+        tracing::warn!("a role did not stop in time and was dropped");
     }
 }
 
@@ -299,7 +309,6 @@ impl Parts {
         let clock = self.backends.clock.clone();
         let verifier = auth.verifier(clock.clone()).await.context("no keys to verify tokens with")?;
         let minter = auth.minter(clock.clone());
-        self.base.spawn(verifier.clone().keep_fresh());
         let backends = gateway::Backends {
             bus: self.backends.bus.clone(),
             clock,
@@ -337,15 +346,14 @@ impl Parts {
     {
         serve::serve(name, self.listener, service, life);
         self.serving.set(true);
-        let mut roles = vec![self.base];
-        roles.extend(self.roles);
         Ok(Mesh {
             address: self.address,
             admin: self.admin,
             minter: None,
             backends: self.backends,
             permits: self.permits,
-            roles,
+            roles: self.roles,
+            base: self.base,
         })
     }
 }

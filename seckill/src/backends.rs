@@ -31,7 +31,7 @@ impl Backends {
     /// Opens the bus. Databases and permits are opened by the roles that own them.
     pub async fn open(storage: &StorageArgs, life: &Lifecycle) -> anyhow::Result<Self> {
         let clock = Clock::system();
-        let lock = if storage.is_embedded() || storage.nats_url.is_none() { Some(lock(storage)?) } else { None };
+        let lock = if storage.redis_url.is_none() || storage.nats_url.is_none() { Some(lock(storage)?) } else { None };
         let bus: SharedBus = match &storage.nats_url {
             Some(url) => Arc::new(NatsBus::connect(url, life.tasks()).await.context("cannot reach NATS")?),
             None => {

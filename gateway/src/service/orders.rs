@@ -253,7 +253,7 @@ impl Orders {
             let mut order = self.finder.find(id).await?.filter(|o| o.buyer == buyer.as_str()).ok_or_else(not_found)?;
             while order.state() == OrderState::Placed {
                 let Ok(changed) = timeout_at(until, follower.next()).await else {
-                    return Err(Error::illegal_state("PLACED", "the order is not ready yet"));
+                    return Err(not_ready("PLACED"));
                 };
                 order = changed?;
             }
@@ -262,7 +262,7 @@ impl Orders {
                 return Err(Error::illegal_state(state, format!("the order is {state}")));
             }
             if Instant::now() + pause > until {
-                return Err(Error::illegal_state(state, "the order is not ready yet"));
+                return Err(not_ready(state));
             }
             sleep(pause).await;
             pause *= 2;
@@ -376,4 +376,10 @@ impl orders_server::Orders for Orders {
     async fn watch_order(&self, request: Request<WatchOrderRequest>) -> Result<Response<OrderStream>, Status> {
         answer(self.watch(request).await)
     }
+}
+
+/// The funnel lags. The order is good and will be ready: an answer that says "try again", never a final one.
+fn not_ready(state: &str) -> Error {
+    let message = "the order is not ready yet; try again with the same request_id";
+    Error::new(Reason::Overloaded, message).with_metadata("state", state)
 }

@@ -189,7 +189,7 @@ async fn paying_quicker_than_the_funnel_waits_for_it() {
 
     let stuck = door.place("alice").await;
     let cancel = door.post(&format!("/v1/orders/{stuck}:cancel"), "").buyer("alice").send().await;
-    assert_eq!(cancel.refusal().1, "ILLEGAL_STATE", "the funnel does not come by");
+    assert_eq!(cancel.refusal().1, "OVERLOADED", "the funnel does not come by: try again");
     assert_eq!(cancel.json()["error"]["details"][0]["metadata"]["state"], "PLACED");
 }
 

@@ -28,9 +28,9 @@ pub enum Temper {
 /// Everything the buyers share.
 #[derive(Debug)]
 pub struct Rush {
-    /// Connections for placing, paying, cancelling.
+    /// Connections for placing.
     pub client: Client,
-    /// Connections for waiting, so that those who wait never keep others from buying.
+    /// Connections for those who have an order, so that the crowd at the door never keeps them from paying in time.
     pub waiting: Client,
     /// `sales/…`, the bare id.
     pub sale: String,
@@ -60,7 +60,8 @@ pub async fn visit(rush: Arc<Rush>, token: String, temper: Temper) {
             None
         }
         Temper::Cancels => {
-            let answer = insist(&rush, &rush.client, Method::POST, &format!("{path}:cancel"), &token, None, "{}").await;
+            let answer =
+                insist(&rush, &rush.waiting, Method::POST, &format!("{path}:cancel"), &token, None, "{}").await;
             answer.map(|a| state_of(&a))
         }
         Temper::WalksAway => None,
@@ -127,7 +128,7 @@ async fn pay(rush: &Rush, path: &str, token: &str, method: &str) -> Option<Strin
     let key = Uuid::new_v4().to_string();
     let body = format!(r#"{{"paymentMethod":"{method}"}}"#);
     let sent = Instant::now();
-    let answer = insist(rush, &rush.client, Method::POST, &format!("{path}:pay"), token, Some(&key), &body).await?;
+    let answer = insist(rush, &rush.waiting, Method::POST, &format!("{path}:pay"), token, Some(&key), &body).await?;
     if answer.status == StatusCode::OK {
         let state = state_of(&answer);
         if state == "PAID" {
