@@ -161,8 +161,10 @@ mod tests {
 
     use super::*;
 
+    type Gated = (Batcher<u32, u32>, Arc<tokio::sync::Semaphore>, Arc<Mutex<Vec<usize>>>);
+
     /// A batcher whose call waits for a permit before it answers, and notes its batches' sizes.
-    fn gated(limits: Limits) -> (Batcher<u32, u32>, Arc<tokio::sync::Semaphore>, Arc<Mutex<Vec<usize>>>) {
+    fn gated(limits: Limits) -> Gated {
         let gate = Arc::new(tokio::sync::Semaphore::new(0));
         let sizes = Arc::new(Mutex::new(Vec::new()));
         let (call_gate, call_sizes) = (gate.clone(), sizes.clone());
