@@ -4,7 +4,7 @@
 //! permits do not remember, the sagas and the stream do. A publish whose outcome is unknown is not undone (E17): the
 //! buyer tries again with the same request_id, and the sweep returns the permit when nothing was stored.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use mesh::{
     batch::{Batcher, Limits},
@@ -22,6 +22,7 @@ use proto::{
     subjects,
     v1::{Order, Sale},
 };
+use tokio::sync::Semaphore;
 
 use crate::{
     calls::{Calls, is_fault},
@@ -39,6 +40,9 @@ const FIRST_EPOCH: i64 = 1;
 /// How long a granted order may be without a saga: longer than any backlog of the funnel that is not an outage.
 const UNWRITTEN: Duration = Duration::from_secs(600);
 
+/// See [`Accept::refused`]. One read's worth of a batch.
+const SECOND_LOOKS: usize = 128;
+
 /// Takes orders. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Accept {
@@ -47,6 +51,8 @@ pub struct Accept {
     lanes: Lanes,
     permits: Batcher<AcquirePermit, Result<Acquired>>,
     messages: Batcher<bus::Message, Result<bus::Published, bus::Error>>,
+    /// Refused orders that may be looked up at once.
+    second_looks: Arc<Semaphore>,
 }
 
 impl Accept {
@@ -73,7 +79,7 @@ impl Accept {
                 async move { calls.publish(subjects::ORDERS, messages).await }
             })
         };
-        Self { calls, sagas, lanes, permits, messages }
+        Self { calls, sagas, lanes, permits, messages, second_looks: Arc::new(Semaphore::new(SECOND_LOOKS)) }
     }
 
     /// Accepts one order. `PLACED` is answered only for what is durable (I5).
@@ -132,14 +138,21 @@ impl Accept {
         }
     }
 
-    /// No permit. Who asks again for what it already has is not told "sold out", even when the permits forgot (E2).
+    /// No permit. Who asks again for an order that is closed is answered with it, even when the permits forgot (E6).
+    /// Only as far as that costs little: a storm of refusals must not become a storm of reads on the database that
+    /// the funnel writes to. Holds that are open or sold outlive a loss of the permits, so no winner depends on this.
     async fn refused(&self, wanted: &Wanted, error: Error) -> Result<Order> {
         if is_fault(&error) {
             return Err(error);
         }
-        match self.sagas.get(wanted.order_id).await? {
-            Some(row) => self.known(wanted, &row).await,
-            None => Err(error),
+        let Ok(_look) = self.second_looks.try_acquire() else { return Err(error) };
+        match self.sagas.get(wanted.order_id).await {
+            Ok(Some(row)) => self.known(wanted, &row).await,
+            Ok(None) => Err(error),
+            Err(unread) => {
+                tracing::debug!(error = %unread, "a refused order was not looked up");
+                Err(error)
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! Where backends are chosen: the only place that knows which store, permits and bus are behind the ports.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context;
 use mesh::{
@@ -23,19 +23,21 @@ pub struct Backends {
     pub bus: SharedBus,
     /// What time it is.
     pub clock: Clock,
-    /// Keeps a second process from the embedded files for as long as this value lives.
-    _lock: Option<Arc<std::fs::File>>,
+    /// Held by whoever has its permits in memory.
+    lock: Arc<OnceLock<std::fs::File>>,
 }
 
 impl Backends {
     /// Opens the bus. Databases and permits are opened by the roles that own them.
     pub async fn open(storage: &StorageArgs, life: &Lifecycle) -> anyhow::Result<Self> {
         let clock = Clock::system();
-        let lock = if storage.redis_url.is_none() || storage.nats_url.is_none() { Some(lock(storage)?) } else { None };
         let bus: SharedBus = match &storage.nats_url {
             Some(url) => Arc::new(NatsBus::connect(url, life.tasks()).await.context("cannot reach NATS")?),
             None => {
-                let path = storage.data_dir.join("bus.db");
+                let dir = &storage.data_dir;
+                std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+                // Has a lock of its own.
+                let path = dir.join("bus.db");
                 Arc::new(
                     SqliteBus::open(&path, clock.clone(), life.tasks())
                         .await
@@ -43,15 +45,33 @@ impl Backends {
                 )
             }
         };
-        Ok(Self { storage: storage.clone(), bus, clock, _lock: lock })
+        Ok(Self { storage: storage.clone(), bus, clock, lock: Arc::default() })
     }
 
     /// Opens the permits. For stock-svc, the only one to write them, and for the audit.
     pub async fn permits(&self) -> anyhow::Result<SharedPermits> {
         Ok(match &self.storage.redis_url {
             Some(url) => Arc::new(Redis::connect(url).await.context("cannot reach Redis")?),
-            None => Arc::new(Memory::new()),
+            None => {
+                self.own_data_dir()?;
+                Arc::new(Memory::new())
+            }
         })
+    }
+
+    /// Two processes with permits in memory for the same stock would rebuild them by turns.
+    fn own_data_dir(&self) -> anyhow::Result<()> {
+        if self.lock.get().is_some() {
+            return Ok(());
+        }
+        let dir = &self.storage.data_dir;
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let file =
+            std::fs::File::create(dir.join("lock")).with_context(|| format!("cannot write to {}", dir.display()))?;
+        file.try_lock().map_err(|_| anyhow::anyhow!("{} is in use by another process", dir.display()))?;
+        // Whoever set it first has locked the same file for the same process.
+        let _ = self.lock.set(file);
+        Ok(())
     }
 
     /// What an audit from outside can see: servers' streams and permits. Embedded ones belong to their process.
@@ -88,13 +108,4 @@ pub async fn open_database(storage: &StorageArgs, service: Service) -> anyhow::R
             .with_context(|| format!("cannot make {}", storage.data_dir.display()))?;
     }
     mesh::sql::connect(&url).await.with_context(|| format!("cannot open the database of {}", service.name()))
-}
-
-/// Two all-in-ones on the same files would each hold their own permits for the same stock.
-fn lock(storage: &StorageArgs) -> anyhow::Result<Arc<std::fs::File>> {
-    let dir = &storage.data_dir;
-    std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    let file = std::fs::File::create(dir.join("lock")).with_context(|| format!("cannot write to {}", dir.display()))?;
-    file.try_lock().map_err(|_| anyhow::anyhow!("{} is in use by another process", dir.display()))?;
-    Ok(Arc::new(file))
 }
