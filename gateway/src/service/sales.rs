@@ -9,7 +9,7 @@ use mesh::{
     link::Link,
 };
 use proto::{
-    Error, SaleId,
+    Error, RequestId, SaleId,
     internal::{SaleChanged, stock_client::StockClient},
     v1::{
         AdjustStockRequest, CloseSaleRequest, CreateSaleRequest, GetSaleRequest, GetStockRequest, ListSalesRequest,
@@ -161,7 +161,8 @@ impl sales_server::Sales for Sales {
         answer(
             async {
                 self.callers.operator(request.metadata())?;
-                let request = request.into_inner();
+                let mut request = request.into_inner();
+                request.request_id = once(request.request_id);
                 if !request.sale_id.is_empty() {
                     SaleId::parse("sale_id", &request.sale_id)?;
                 }
@@ -232,6 +233,7 @@ impl sales_server::Sales for Sales {
                 self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.sale = sale(&request.sale)?;
+                request.request_id = once(request.request_id);
                 if request.delta == 0 {
                     return Err(Error::invalid("delta", "must not be zero"));
                 }
@@ -255,4 +257,9 @@ impl sales_server::Sales for Sales {
     async fn watch_sale(&self, request: Request<WatchSaleRequest>) -> Result<Response<SaleStream>, Status> {
         answer(self.watch(request).await)
     }
+}
+
+/// The operator's request_id, or one for this call alone: our own retries of it are one request either way.
+fn once(request_id: String) -> String {
+    if request_id.is_empty() { RequestId::random().to_string() } else { request_id }
 }
