@@ -11,7 +11,7 @@ use crate::engine::{
 #[derive(clap::Args, Clone, Debug)]
 #[command(next_help_heading = "Coordinator")]
 // Every role's struct has this name, and groups of one command must not.
-#[group(id = "coordinator")]
+#[group(id = "coordinator-options")]
 pub struct Config {
     /// Orders accepted, changed or read in one call or transaction, at most.
     #[arg(long, env = "SECKILL_SAGA_BATCH", default_value_t = Config::default().saga_batch)]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// How much the gateway lets in, and for how long.
 #[derive(clap::Args, Clone, Debug)]
-#[group(id = "gateway")]
+#[group(id = "gateway-options")]
 pub struct Config {
     /// Public calls in progress at once. One more is refused with OVERLOADED at once and has taken nothing. Health and
     /// reflection do not count

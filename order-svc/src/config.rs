@@ -2,7 +2,7 @@
 
 /// How order records are read and written.
 #[derive(clap::Args, Clone, Debug)]
-#[group(id = "order")]
+#[group(id = "order-options")]
 pub struct Config {
     /// Calls whose order records share one transaction. More is faster under load and slower for the first of them.
     #[arg(long, env = "SECKILL_ORDER_BATCH_CALLS", default_value_t = Config::default().order_batch_calls)]

@@ -12,7 +12,7 @@ use crate::provider::{
 
 /// Who takes the money, and how long it may take.
 #[derive(clap::Args, Clone, Debug)]
-#[group(id = "payment")]
+#[group(id = "payment-options")]
 pub struct Config {
     /// Who takes the money
     #[arg(long, env = "SECKILL_PROVIDER", value_enum, default_value_t = Config::default().provider)]

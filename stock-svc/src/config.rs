@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// How patient the loops are.
 #[derive(clap::Args, Clone, Debug)]
-#[group(id = "stock")]
+#[group(id = "stock-options")]
 pub struct Config {
     /// How old a grant must be before it is given back when no order came of it. Longer than any purchase takes from
     /// permit to stream
