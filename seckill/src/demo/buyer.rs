@@ -3,12 +3,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use http::{Method, StatusCode};
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{
-    client::{Answer, Client},
+    client::{Answer, Client, Turn},
     report::Tally,
 };
 
@@ -30,8 +31,11 @@ pub enum Temper {
 pub struct Rush {
     /// Connections for placing.
     pub client: Client,
-    /// Connections for those who have an order, so that the crowd at the door never keeps them from paying in time.
+    /// Connections for those who wait for their order to be locked. Browsers do not share connections: whoever is at
+    /// one step of a purchase must not queue behind those at another.
     pub waiting: Client,
+    /// Connections for those who pay or cancel.
+    pub paying: Client,
     /// `sales/…`, the bare id.
     pub sale: String,
     /// When the doors opened.
@@ -42,26 +46,31 @@ pub struct Rush {
     pub tally: Tally,
 }
 
-/// One buyer's whole visit.
-pub async fn visit(rush: Arc<Rush>, token: String, temper: Temper) {
-    let Some(order) = acquire(&rush, &token).await else { return };
+/// One buyer's whole visit, from when it is its turn at the door.
+pub async fn visit(rush: Arc<Rush>, turn: Turn, token: HeaderValue, temper: Temper) {
+    let Some(order) = acquire(&rush, turn, &token).await else { return };
+    // Boxed: of those who come in vain, and are many, none gets here.
+    Box::pin(purchase(&rush, order, token, temper)).await;
+}
+
+/// What a buyer does with its order.
+async fn purchase(rush: &Rush, order: String, token: HeaderValue, temper: Temper) {
     let path = format!("/v1/{order}");
     let placed = Instant::now();
-    let Some(state) = leaves_placed(&rush, &path, &token).await else { return };
+    let Some(state) = leaves_placed(rush, &path, &token).await else { return };
     if state != "AWAITING_PAYMENT" {
         rush.tally.ended(&state);
         return;
     }
     rush.tally.locked(rush.start, placed);
     let ended = match temper {
-        Temper::Pays => pay(&rush, &path, &token, "sim_approve").await,
+        Temper::Pays => pay(rush, &path, &token, "sim_approve").await,
         Temper::Declines => {
-            pay(&rush, &path, &token, "sim_decline").await;
+            pay(rush, &path, &token, "sim_decline").await;
             None
         }
         Temper::Cancels => {
-            let answer =
-                insist(&rush, &rush.waiting, Method::POST, &format!("{path}:cancel"), &token, None, "{}").await;
+            let answer = insist(rush, &rush.paying, Method::POST, &format!("{path}:cancel"), &token, None, "{}").await;
             answer.map(|a| state_of(&a))
         }
         Temper::WalksAway => None,
@@ -75,17 +84,23 @@ pub async fn visit(rush: Arc<Rush>, token: String, temper: Temper) {
 
 /// Tries until there is an order, the sale is over, or patience is. The key stays the same throughout: it is one
 /// intent, and a retry after an unknown outcome must be the same order.
-async fn acquire(rush: &Rush, token: &str) -> Option<String> {
+async fn acquire(rush: &Rush, first_turn: Turn, token: &HeaderValue) -> Option<String> {
     let key = Uuid::new_v4().to_string();
-    let body = format!(r#"{{"sale":"{}","quantity":1}}"#, rush.sale);
+    let body = Bytes::from(format!(r#"{{"sale":"{}","quantity":1}}"#, rush.sale));
     let mut pause = Duration::from_millis(300);
+    // Everybody pressed the button when the doors opened; what was waited for a turn since counts.
+    let (mut sent, mut turn) = (rush.start, Some(first_turn));
     loop {
-        let sent = Instant::now();
-        let answer = rush.client.send(Method::POST, "/v1/orders", token, Some(&key), Some(body.clone())).await;
+        let turn = match turn.take() {
+            Some(turn) => turn,
+            None => rush.client.turn().await.ok()?,
+        };
+        let sending = rush.client.send_in(turn, Method::POST, "/v1/orders", token, Some(&key), Some(body.clone()));
+        let answer = sending.await;
         let hint = match answer {
             Ok(answer) if answer.status == StatusCode::ACCEPTED || answer.status == StatusCode::OK => {
                 rush.tally.accepted(rush.start, sent);
-                return Some(answer.json()["name"].as_str().unwrap_or_default().to_owned());
+                return Some(answer.order().name.to_owned());
             }
             Ok(answer) => {
                 let reason = answer.reason();
@@ -108,12 +123,13 @@ async fn acquire(rush: &Rush, token: &str) -> Option<String> {
             return None;
         }
         tokio::time::sleep(wait).await;
+        sent = Instant::now();
         pause = (pause * 2).min(Duration::from_secs(8));
     }
 }
 
 /// Waits until the order is locked or refused.
-async fn leaves_placed(rush: &Rush, path: &str, token: &str) -> Option<String> {
+async fn leaves_placed(rush: &Rush, path: &str, token: &HeaderValue) -> Option<String> {
     loop {
         let path = format!("{path}?wait=2s");
         let answer = insist(rush, &rush.waiting, Method::GET, &path, token, None, "").await?;
@@ -124,11 +140,11 @@ async fn leaves_placed(rush: &Rush, path: &str, token: &str) -> Option<String> {
     }
 }
 
-async fn pay(rush: &Rush, path: &str, token: &str, method: &str) -> Option<String> {
+async fn pay(rush: &Rush, path: &str, token: &HeaderValue, method: &str) -> Option<String> {
     let key = Uuid::new_v4().to_string();
     let body = format!(r#"{{"paymentMethod":"{method}"}}"#);
     let sent = Instant::now();
-    let answer = insist(rush, &rush.waiting, Method::POST, &format!("{path}:pay"), token, Some(&key), &body).await?;
+    let answer = insist(rush, &rush.paying, Method::POST, &format!("{path}:pay"), token, Some(&key), &body).await?;
     if answer.status == StatusCode::OK {
         let state = state_of(&answer);
         if state == "PAID" {
@@ -147,13 +163,13 @@ pub async fn insist(
     client: &Client,
     method: Method,
     path: &str,
-    token: &str,
+    token: &HeaderValue,
     key: Option<&str>,
     body: &str,
 ) -> Option<Answer> {
     let mut pause = Duration::from_millis(200);
     for _ in 0..60 {
-        let body = (!body.is_empty()).then(|| body.to_owned());
+        let body = (!body.is_empty()).then(|| Bytes::copy_from_slice(body.as_bytes()));
         match client.send(method.clone(), path, token, key, body).await {
             Ok(answer) if !matches!(answer.status.as_u16(), 429 | 503 | 504) => return Some(answer),
             Ok(answer) => rush.tally.retried(&answer.reason()),
@@ -167,7 +183,10 @@ pub async fn insist(
 
 /// The order's state.
 pub fn state_of(answer: &Answer) -> String {
-    answer.json()["state"].as_str().unwrap_or("UNKNOWN").to_owned()
+    match answer.order().state {
+        "" => "UNKNOWN".to_owned(),
+        state => state.to_owned(),
+    }
 }
 
 /// Whether nothing more comes of it.

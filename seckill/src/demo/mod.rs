@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use http::Method;
+use http::{HeaderValue, Method};
 use mesh::{
     identity::{Minter, Secret},
     lifecycle::Lifecycle,
@@ -122,12 +122,17 @@ async fn hold(
     mesh: Option<&Mesh>,
     life: &Lifecycle,
 ) -> anyhow::Result<bool> {
-    let bearer = |sub: &str, scope: &str| -> anyhow::Result<String> {
-        Ok(format!("Bearer {}", tools::mint(minter, sub, scope, Duration::from_secs(24 * 3600))?))
+    let bearer = |sub: &str, scope: &str| -> anyhow::Result<HeaderValue> {
+        let token = tools::mint(minter, sub, scope, Duration::from_secs(24 * 3600))?;
+        Ok(HeaderValue::try_from(format!("Bearer {token}"))?)
     };
     let operator = bearer("demo-operator", "operator")?;
     let client = Client::new(gateway, args.connections)?;
+    // Waiting takes no work, only patience.
     let waiting = Client::new(gateway, args.connections * 2)?;
+    let paying = Client::new(gateway, args.connections)?;
+    // Never behind the crowd, or it would see nothing of it.
+    let watching = Client::new(gateway, 1)?;
     let sale = create_sale(args, &client, &operator).await?;
     let run = Uuid::new_v4().simple().to_string();
     let tokens = (0..args.buyers)
@@ -144,6 +149,7 @@ async fn hold(
     let rush = Arc::new(Rush {
         client: client.clone(),
         waiting,
+        paying,
         sale: sale.clone(),
         start,
         patience: start + args.patience,
@@ -151,24 +157,28 @@ async fn hold(
     });
     let over = CancellationToken::new();
     let stock = Arc::new(StockWatch::default());
-    let watching =
-        tokio::spawn(stock.clone().watch(rush.clone(), operator.clone(), i64::from(args.stock), over.clone()));
+    let watch = stock.clone().watch(watching, sale.clone(), operator.clone(), i64::from(args.stock), over.clone());
+    let watching = tokio::spawn(watch);
     let progress = tokio::spawn(show_progress(rush.clone(), stock.clone(), over.clone()));
     let mut visits = tokio::task::JoinSet::new();
-    for (token, temper) in tokens.into_iter().zip(tempers) {
-        visits.spawn(buyer::visit(rush.clone(), token, temper));
-    }
-    loop {
-        tokio::select! {
-            done = visits.join_next() => match done {
-                Some(done) => done.context("a buyer crashed")?,
-                None => break,
-            },
-            () = life.stopping() => bail!("interrupted"),
+    let visited = async {
+        for (token, temper) in tokens.into_iter().zip(tempers) {
+            let turn = client.turn().await?;
+            visits.spawn(buyer::visit(rush.clone(), turn, token, temper));
+            // Whoever has gone home takes no more room.
+            while let Some(done) = visits.try_join_next() {
+                done.context("a buyer crashed")?;
+            }
         }
-    }
-    let unfinished = await_ends(args, &rush).await;
-    let rest = stock.at_rest(&rush, &operator).await;
+        while let Some(done) = visits.join_next().await {
+            done.context("a buyer crashed")?;
+        }
+        anyhow::Ok((await_ends(args, &rush).await, stock.at_rest(&rush, &operator).await))
+    };
+    let (unfinished, rest) = tokio::select! {
+        visited = visited => visited?,
+        () = life.stopping() => bail!("interrupted"),
+    };
     over.cancel();
     watching.await?;
     progress.await?;
@@ -199,7 +209,7 @@ async fn hold(
     Ok(verdicts.iter().all(|(holds, _)| *holds))
 }
 
-async fn create_sale(args: &DemoArgs, client: &Client, operator: &str) -> anyhow::Result<String> {
+async fn create_sale(args: &DemoArgs, client: &Client, operator: &HeaderValue) -> anyhow::Result<String> {
     let body = serde_json::json!({
         "requestId": Uuid::new_v4().to_string(),
         "saleId": format!("demo-{}", &Uuid::new_v4().simple().to_string()[..8]),
@@ -209,7 +219,7 @@ async fn create_sale(args: &DemoArgs, client: &Client, operator: &str) -> anyhow
         "perBuyerLimit": "1",
         "paymentWindow": format!("{}s", args.payment_window.as_secs_f64()),
     });
-    let answer = client.send(Method::POST, "/v1/sales", operator, None, Some(body.to_string())).await?;
+    let answer = client.send(Method::POST, "/v1/sales", operator, None, Some(body.to_string().into())).await?;
     ensure!(answer.status.is_success(), "the sale was not created: {}", String::from_utf8_lossy(&answer.body));
     let name = answer.json()["name"].as_str().unwrap_or_default().to_owned();
     Ok(name.strip_prefix("sales/").context("the sale has no name")?.to_owned())
@@ -270,10 +280,16 @@ struct StockWatch {
 }
 
 impl StockWatch {
-    async fn watch(self: Arc<Self>, rush: Arc<Rush>, operator: String, stock: i64, over: CancellationToken) {
-        let client = rush.client.clone();
+    async fn watch(
+        self: Arc<Self>,
+        client: Client,
+        sale: String,
+        operator: HeaderValue,
+        stock: i64,
+        over: CancellationToken,
+    ) {
         while !over.is_cancelled() {
-            if let Some(report) = read_stock(&client, &rush.sale, &operator).await {
+            if let Some(report) = read_stock(&client, &sale, &operator).await {
                 self.samples.fetch_add(1, Ordering::Relaxed);
                 let taken = report.held + report.sold;
                 self.most.fetch_max(taken, Ordering::Relaxed);
@@ -293,7 +309,7 @@ impl StockWatch {
     }
 
     /// Waits until every permit is back where the ledger has it.
-    async fn at_rest(&self, rush: &Rush, operator: &str) -> bool {
+    async fn at_rest(&self, rush: &Rush, operator: &HeaderValue) -> bool {
         let deadline = Instant::now() + Duration::from_secs(30);
         while Instant::now() < deadline {
             match read_stock(&rush.client, &rush.sale, operator).await {
@@ -331,7 +347,7 @@ struct StockReport {
     permits: i64,
 }
 
-async fn read_stock(client: &Client, sale: &str, operator: &str) -> Option<StockReport> {
+async fn read_stock(client: &Client, sale: &str, operator: &HeaderValue) -> Option<StockReport> {
     let answer = client.send(Method::GET, &format!("/v1/sales/{sale}/stock"), operator, None, None).await.ok()?;
     if !answer.status.is_success() {
         return None;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
+use http::HeaderValue;
 use tokio::time::Instant;
 
 /// Counts and latencies, written by all buyers.
@@ -25,7 +26,7 @@ struct Inner {
     locked: Flow,
     paid: Histogram<u64>,
     refusals: Histogram<u64>,
-    open: Vec<(String, String)>,
+    open: Vec<(String, HeaderValue)>,
 }
 
 /// Things that happened over time, and how long each took.
@@ -131,12 +132,12 @@ impl Tally {
     }
 
     /// A buyer left an order to its fate.
-    pub fn left_open(&self, order: String, token: String) {
+    pub fn left_open(&self, order: String, token: HeaderValue) {
         self.lock().open.push((order, token));
     }
 
     /// The orders left open, which are asked for at the end.
-    pub fn take_open(&self) -> Vec<(String, String)> {
+    pub fn take_open(&self) -> Vec<(String, HeaderValue)> {
         std::mem::take(&mut self.lock().open)
     }
 
