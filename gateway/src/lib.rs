@@ -1,6 +1,6 @@
 //! The gateway: the only door. HTTP/JSON and public gRPC on one port, with health, reflection and the API's document.
 //!
-//! It holds no truth and touches no database. What it keeps in memory ([`soldout`], [`watch`]) can be lost at any moment
+//! It holds no truth and touches no database. What it keeps in memory ([`soldout`], [`accepted`], [`watch`]) can be lost at any moment
 //! without a wrong answer. It knows who asks (I11), refuses what is malformed, what is too much and what is known to
 //! be in vain before anything is taken (I9), and hands on the rest.
 //!
@@ -42,6 +42,7 @@ use proto::{
 use tonic::service::Routes;
 use tower::ServiceExt;
 
+mod accepted;
 mod config;
 mod contract;
 mod failure;
@@ -56,6 +57,7 @@ mod webhook;
 
 pub use config::Config;
 
+use accepted::Accepted;
 use contract::Contract;
 use front::Front;
 use service::{
@@ -115,9 +117,10 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
 
     metrics::describe_counter!("seckill_refused_from_memory_total", "orders refused without asking, by reason");
     let memory = Arc::new(SoldOut::default());
+    let accepted = Accepted::default();
     let orders_watched: OrderWatchers = Registry::new(config.max_watchers);
     let sales_watched: SaleWatchers = Registry::new(config.max_watchers);
-    hear_orders(&backends.bus, orders_watched.clone(), life).await?;
+    hear_orders(&backends.bus, accepted.clone(), orders_watched.clone(), life).await?;
     hear_sales(&backends.bus, memory.clone(), sales_watched.clone(), life).await?;
     let (fresh, soft) = (backends.verifier.clone().keep_fresh(), life.soft_token());
     life.spawn(async move {
@@ -128,7 +131,7 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let links =
         Links { stock: backends.stock.clone(), order: backends.order, coordinator: backends.coordinator.clone() };
     let sales = Sales::new(callers.clone(), backends.stock.clone(), sales_watched, life);
-    let orders = Orders::new(callers.clone(), memory, orders_watched, links, config.request_timeout, life);
+    let orders = Orders::new(callers.clone(), (memory, accepted), orders_watched, links, config.request_timeout, life);
     let operations = Operations::new(callers, backends.coordinator, backends.stock);
     let rpcs = Routes::new(SalesServer::new(sales).max_decoding_message_size(MAX_BODY))
         .add_service(OrdersServer::new(orders).max_decoding_message_size(MAX_BODY))
@@ -206,7 +209,12 @@ async fn tools(life: &Lifecycle) -> anyhow::Result<Routes> {
     Ok(Routes::new(health).add_service(reflection().build_v1()?).add_service(reflection().build_v1alpha()?).prepare())
 }
 
-async fn hear_orders(bus: &SharedBus, watched: OrderWatchers, life: &Lifecycle) -> anyhow::Result<()> {
+async fn hear_orders(
+    bus: &SharedBus,
+    accepted: Accepted,
+    watched: OrderWatchers,
+    life: &Lifecycle,
+) -> anyhow::Result<()> {
     let feed = move |signal| {
         // What is lost is read by its watchers within seconds.
         let Signal::Came(payload) = signal else { return };
@@ -214,7 +222,11 @@ async fn hear_orders(bus: &SharedBus, watched: OrderWatchers, life: &Lifecycle) 
             Ok(changed) => {
                 for order in changed.orders {
                     match OrderId::parse("order", &order.name) {
-                        Ok(id) => watched.announce(&id, &Arc::new(order)),
+                        Ok(id) => {
+                            let order = Arc::new(order);
+                            accepted.learn(&id, &order);
+                            watched.announce(&id, &order);
+                        }
                         Err(error) => tracing::warn!(%error, order = order.name, "a signal of no order"),
                     }
                 }

@@ -37,7 +37,7 @@ use self::{
     follow::{Follower, is_terminal},
 };
 use super::{Callers, answer, each, given, handed_on, page_size, refuse, sale, shutting_down};
-use crate::{soldout::SoldOut, watch::Registry};
+use crate::{accepted::Accepted, soldout::SoldOut, watch::Registry};
 
 mod find;
 mod follow;
@@ -62,6 +62,7 @@ type Batch<T> = Batcher<T, Result<Order, Error>>;
 pub struct Orders {
     callers: Callers,
     memory: Arc<SoldOut>,
+    accepted: Accepted,
     accept: Batch<AcceptOrder>,
     pay: Batch<PayOrderItem>,
     cancel: Batch<CancelOrderItem>,
@@ -87,7 +88,7 @@ impl Orders {
     /// Over these links. `timeout` is for one call without its `wait`.
     pub fn new(
         callers: Callers,
-        memory: Arc<SoldOut>,
+        (memory, accepted): (Arc<SoldOut>, Accepted),
         watchers: OrderWatchers,
         links: Links,
         timeout: Duration,
@@ -129,7 +130,7 @@ impl Orders {
         };
         let finder = Finder::new(links.order.clone(), links.stock, life);
         let records = OrderRecordsClient::new(links.order);
-        Self { callers, memory, accept, pay, cancel, finder, records, watchers, timeout, life: life.clone() }
+        Self { callers, memory, accepted, accept, pay, cancel, finder, records, watchers, timeout, life: life.clone() }
     }
 
     async fn place(&self, request: Request<PlaceOrderRequest>) -> Result<Order, Error> {
@@ -150,7 +151,11 @@ impl Orders {
             request_id: request_id.to_string(),
             traceparent: traceparent(),
         };
-        self.accept.submit(item).await.map_err(Error::from).flatten().map_err(unknown)
+        let order = self.accept.submit(item).await.map_err(Error::from).flatten().map_err(unknown)?;
+        if let Ok(id) = OrderId::parse("order", &order.name) {
+            self.accepted.keep(id, &order);
+        }
+        Ok(order)
     }
 
     async fn get(&self, request: Request<GetOrderRequest>) -> Result<Order, Error> {
@@ -162,8 +167,12 @@ impl Orders {
         let deadline = Deadline::after(self.timeout + wait);
         let read = async {
             // Registered first and read after, so that nothing falls in between.
-            let follower = if wait.is_zero() { None } else { Some(self.follower(id)?) };
-            let order = self.visible(id, &caller).await?;
+            let follower = if wait.is_zero() { None } else { Some(self.follower(id)?.impatient()) };
+            let remembered = follower.as_ref().and_then(|_| self.accepted.find(&id));
+            let order = match remembered.filter(|order| may_see(&caller, order)) {
+                Some(order) => Arc::unwrap_or_clone(order),
+                None => self.visible(id, &caller).await?,
+            };
             let Some(mut follower) = follower.filter(|_| order.state() == OrderState::Placed) else {
                 return Ok(order);
             };
@@ -240,6 +249,7 @@ impl Orders {
         F: Fn() -> Fut,
         Fut: Future<Output = Result<Result<Order, Error>, Refused>>,
     {
+        self.accepted.forget(&id);
         let until = Instant::now() + UNTIL_WRITTEN;
         // From when the record is there to when the saga is, which is the next thing written.
         let mut pause = Duration::from_millis(10);
@@ -281,14 +291,17 @@ impl Orders {
     /// The order, when it is there and this caller's to see; the same NOT_FOUND otherwise (E39).
     async fn visible(&self, id: OrderId, caller: &Identity) -> Result<Order, Error> {
         let order = self.finder.find(id).await?;
-        order
-            .filter(|order| caller.scopes.operator || order.buyer == caller.subject.as_str())
-            .ok_or_else(|| Error::not_found("order"))
+        order.filter(|order| may_see(caller, order)).ok_or_else(|| Error::not_found("order"))
     }
 
     fn follower(&self, id: OrderId) -> Result<Follower, Error> {
         Ok(Follower::new(id, self.watchers.watch(id)?, self.finder.clone()))
     }
+}
+
+/// Buyers their own, operators any (I11).
+fn may_see(caller: &Identity, order: &Order) -> bool {
+    caller.scopes.operator || order.buyer == caller.subject.as_str()
 }
 
 /// One item's result.
