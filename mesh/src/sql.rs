@@ -53,11 +53,14 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
                 .busy_timeout(Duration::from_secs(10))
                 .pragma("journal_mode", "WAL")
                 .pragma("synchronous", "FULL")
-                .pragma("cache_size", "-16000")
+                .pragma("cache_size", "-8000")
                 .pragma("wal_autocheckpoint", "4000")
         });
     } else {
         options.max_connections(16).min_connections(1);
+        // Every statement of ours looks rows up by a key. A table that was empty when its plan was made is still
+        // scanned when it has a hundred thousand rows, for as long as nobody has analysed it: a sale is over by then.
+        options.map_sqlx_postgres_opts(|o| o.options([("enable_seqscan", "off")]));
     }
     sea_orm::Database::connect(options).await
 }
@@ -112,6 +115,34 @@ where
     }
 }
 
+/// Rows of one statement, at most. Some twenty columns each stay below every database's limit of parameters. The usual
+/// batch (funnel, lanes, batchers) is as large, so that under load a batch is one statement.
+const MOST_ROWS: usize = 512;
+/// Keys of one statement, at most.
+const MOST_KEYS: usize = 512;
+
+/// Cuts rows into the pieces that one INSERT takes each. Their sizes are powers of two, so that a handful of texts serves
+/// batches of every size: each text is parsed once a connection and kept. A text for every size would be parsed nearly
+/// every time, and the kept ones take a megabyte each.
+pub fn chunks<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let size = 1 << rows.len().min(MOST_ROWS).checked_ilog2()?;
+        let (chunk, rest) = rows.split_at(size);
+        rows = rest;
+        Some(chunk)
+    })
+}
+
+/// Cuts keys into the pieces that one list of `IN` takes each. Padded to powers of two with the last key, for the reason
+/// of [`chunks`]: naming a key twice finds it once.
+pub fn key_chunks<T: Clone>(keys: &[T]) -> impl Iterator<Item = Vec<T>> {
+    keys.chunks(MOST_KEYS).map(|chunk| {
+        let mut padded = chunk.to_vec();
+        padded.resize(chunk.len().next_power_of_two(), chunk[chunk.len() - 1].clone());
+        padded
+    })
+}
+
 /// Whether an insert met a key that was there before.
 pub fn is_duplicate(error: &DbErr) -> bool {
     matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_)))
@@ -126,4 +157,31 @@ fn lost_against_another(error: &DbErr) -> bool {
     // PostgreSQL: serialization failure, deadlock. MySQL: deadlock (SQLSTATE 40001 too), lock wait timeout (HY000,
     // told by its text). SQLite: busy, busy snapshot.
     matches!(code.as_ref(), "40001" | "40P01" | "5" | "517") || source.message().contains("Lock wait timeout")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_cut_into_powers_of_two_and_none_is_lost() {
+        for len in [0, 1, 2, 3, 100, 255, 256, 257, 1000] {
+            let rows: Vec<usize> = (0..len).collect();
+            let cut: Vec<&[usize]> = chunks(&rows).collect();
+            assert_eq!(cut.concat(), rows);
+            assert!(cut.iter().all(|chunk| chunk.len().is_power_of_two() && chunk.len() <= MOST_ROWS), "{len}");
+        }
+    }
+
+    #[test]
+    fn keys_are_padded_with_one_of_them() {
+        assert_eq!(key_chunks::<u8>(&[]).count(), 0);
+        assert_eq!(key_chunks(&[1, 2, 3]).collect::<Vec<_>>(), [[1, 2, 3, 3]]);
+        let keys: Vec<usize> = (0..MOST_KEYS + 3).collect();
+        let cut: Vec<Vec<usize>> = key_chunks(&keys).collect();
+        assert_eq!(cut.iter().map(Vec::len).collect::<Vec<_>>(), [MOST_KEYS, 4]);
+        let mut all = cut.concat();
+        all.dedup();
+        assert_eq!(all, keys);
+    }
 }

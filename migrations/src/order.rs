@@ -76,7 +76,6 @@ impl MigrationTrait for Records {
             .table(OrderRecord::Table)
             .col(OrderRecord::Buyer)
             .col(OrderRecord::CreateAt)
-            .col(OrderRecord::OrderId)
             .to_owned();
         manager.create_index(index).await
     }

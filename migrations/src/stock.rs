@@ -57,6 +57,7 @@ enum StockHold {
     HoldId,
     OrderId,
     SaleId,
+    SaleBuyer,
     Buyer,
     Quantity,
     State,
@@ -149,6 +150,7 @@ impl MigrationTrait for Ledger {
             .col(ColumnDef::new(StockHold::HoldId).string_len(32).not_null().primary_key())
             .col(ColumnDef::new(StockHold::OrderId).string_len(32).not_null())
             .col(ColumnDef::new(StockHold::SaleId).string_len(63).not_null())
+            .col(ColumnDef::new(StockHold::SaleBuyer).string_len(192).not_null())
             .col(ColumnDef::new(StockHold::Buyer).string_len(128).not_null())
             .col(ColumnDef::new(StockHold::Quantity).big_integer().not_null().check(Expr::cust("quantity >= 0")))
             .col(ColumnDef::new(StockHold::State).integer().not_null())
@@ -162,19 +164,16 @@ impl MigrationTrait for Ledger {
             .to_owned();
         manager.create_table(hold).await?;
         // The per-buyer limit (I7), checked under the sale's row lock.
-        let index = Index::create()
-            .name("stock_hold_by_buyer")
-            .table(StockHold::Table)
-            .col(StockHold::SaleId)
-            .col(StockHold::Buyer)
-            .to_owned();
+        // What a buyer holds of a sale. One column on purpose: of (sale, buyer), PostgreSQL would use the sale alone as long
+        // as it knows nothing of a new table, and look at every hold of the sale for every batch of buyers.
+        let index =
+            Index::create().name("stock_hold_by_buyer").table(StockHold::Table).col(StockHold::SaleBuyer).to_owned();
         manager.create_index(index).await?;
-        // The snapshot that a rebuild reads.
+        // The snapshot that a rebuild reads. Without the state, which every release and deduct changes.
         let index = Index::create()
-            .name("stock_hold_by_state")
+            .name("stock_hold_by_sale")
             .table(StockHold::Table)
             .col(StockHold::SaleId)
-            .col(StockHold::State)
             .col(StockHold::HoldId)
             .to_owned();
         manager.create_index(index).await?;

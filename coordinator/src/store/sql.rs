@@ -1,8 +1,8 @@
 //! The store on SQL: SQLite, PostgreSQL, MySQL/MariaDB.
 //!
 //! A batch is a handful of statements, however many sagas it holds: rows are locked by one select in order of their
-//! ids, so that two batches cannot deadlock, the log gets one multi-row insert, and one update sets every column that
-//! changed, by a CASE where the sagas differ. The log's primary key, (saga, version), is the compare-and-set: whatever
+//! ids, so that two batches cannot deadlock, the log gets one multi-row insert, and one statement sets every column that
+//! changed. The log's primary key, (saga, version), is the compare-and-set: whatever
 //! else may fail, two transitions from one version cannot both be written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -13,17 +13,15 @@ use proto::{BuyerId, Error, Money, OrderId, Reason, SaleId, error::Result};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DeriveIden, FromQueryResult, Order, StatementBuilder,
     prelude::Expr,
-    sea_query::{Alias, CaseStatement, ExprTrait, LockBehavior, LockType, OnConflict, Query, SelectStatement, Value},
+    sea_query::{Alias, ExprTrait, LockBehavior, LockType, OnConflict, Query, SelectStatement, Value},
 };
 
 use super::{Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict};
 
-/// Rows in one statement: 20 parameters each stay well under every database's limit.
-const CHUNK: usize = 1000;
 /// What fits the columns for people.
 const TEXT_LIMIT: usize = 500;
 
-#[derive(Clone, Copy, DeriveIden)]
+#[derive(Clone, Copy, DeriveIden, PartialEq)]
 enum Col {
     #[sea_orm(iden = "coordinator_saga")]
     Table,
@@ -57,7 +55,7 @@ enum Col {
 }
 
 /// What a new saga differs in; the other columns have defaults.
-const INSERTED: [Col; 19] = [
+const INSERTED: [Col; 20] = [
     Col::SagaId,
     Col::Kind,
     Col::State,
@@ -77,6 +75,7 @@ const INSERTED: [Col; 19] = [
     Col::Traceparent,
     Col::CloseAt,
     Col::CreateAt,
+    Col::UpdateAt,
 ];
 
 /// What a transition may change.
@@ -233,6 +232,11 @@ fn select_rows() -> SelectStatement {
     Query::select().expr(Expr::cust("*")).from(Col::Table).to_owned()
 }
 
+/// Said twice: the one is what the partial index says of itself, the other is what MySQL can look up.
+fn is_stuck() -> Expr {
+    Expr::col(Col::Stuck).and(Expr::col(Col::Stuck).eq(true))
+}
+
 fn texts(ids: &[OrderId]) -> impl Iterator<Item = String> {
     ids.iter().map(ToString::to_string)
 }
@@ -249,7 +253,7 @@ async fn rows(on: &impl ConnectionTrait, statement: &impl StatementBuilder) -> R
 }
 
 async fn write_log(tx: &DatabaseTransaction, entries: &[(OrderId, Entry)], replayed: bool) -> Result<(), SqlError> {
-    for chunk in entries.chunks(CHUNK) {
+    for chunk in sql::chunks(entries) {
         let mut insert = Query::insert();
         insert.into_table(LogCol::Table).columns([
             LogCol::SagaId,
@@ -280,31 +284,21 @@ async fn write_log(tx: &DatabaseTransaction, entries: &[(OrderId, Entry)], repla
     Ok(())
 }
 
-/// One update for many rows: a column that has the same value in all of them is set to it, one that differs by a CASE.
+/// One statement for many rows. They are there and locked: the insert's only effect is to carry the new values of all
+/// of them. (An UPDATE with a CASE per column does the same at a cost that grows with the square of the batch.)
 async fn write_rows(tx: &DatabaseTransaction, before: &[Row], after: &[Row]) -> Result<(), SqlError> {
-    let mut update = Query::update();
-    update.table(Col::Table);
-    for column in CHANGING {
-        let values: Vec<Value> = after.iter().map(|row| value(column, row)).collect();
-        if before.iter().zip(&values).all(|(row, new)| value(column, row) == *new) {
-            continue;
-        }
-        if values.windows(2).all(|pair| pair[0] == pair[1]) {
-            update.value(column, values.into_iter().next().unwrap_or(Value::Bool(None)));
-        } else {
-            let mut case = CaseStatement::new();
-            for (row, value) in after.iter().zip(values) {
-                case = case.case(Expr::col(Col::SagaId).eq(row.saga_id.to_string()), Expr::value(value));
-            }
-            update.value(column, case);
-        }
+    let changed = |column: &Col| before.iter().zip(after).any(|(b, a)| value(*column, b) != value(*column, a));
+    let changed: Vec<Col> = CHANGING.into_iter().filter(changed).collect();
+    // The others have defaults, which are not what is there: they stay out of the update.
+    let others = changed.iter().filter(|column| !INSERTED.contains(column));
+    let columns: Vec<Col> = INSERTED.iter().chain(others).copied().collect();
+    let mut insert = Query::insert();
+    insert.into_table(Col::Table).columns(columns.iter().copied());
+    for row in after {
+        insert.values_panic(columns.iter().map(|column| Expr::value(value(*column, row))));
     }
-    let ids = after.iter().map(|row| row.saga_id.to_string());
-    update.and_where(Expr::col(Col::SagaId).is_in(ids));
-    let written = tx.execute(&update).await?.rows_affected();
-    if written != after.len() as u64 {
-        return Err(Error::internal(format!("{written} saga rows changed where {} were locked", after.len())).into());
-    }
+    insert.on_conflict(OnConflict::column(Col::SagaId).update_columns(changed).to_owned());
+    tx.execute(&insert).await?;
     Ok(())
 }
 
@@ -318,12 +312,11 @@ impl Store for SqlStore {
         sql::transaction(&self.db, move |tx| {
             let sagas = sagas.clone();
             Box::pin(async move {
-                for chunk in sagas.chunks(CHUNK) {
+                for chunk in sql::chunks(&sagas) {
                     let mut insert = Query::insert();
-                    insert.into_table(Col::Table).columns(INSERTED.into_iter().chain([Col::UpdateAt]));
+                    insert.into_table(Col::Table).columns(INSERTED);
                     for (row, _) in chunk {
-                        let columns = INSERTED.into_iter().chain([Col::UpdateAt]);
-                        insert.values_panic(columns.map(|column| Expr::value(value(column, row))));
+                        insert.values_panic(INSERTED.map(|column| Expr::value(value(column, row))));
                     }
                     let keep = OnConflict::column(Col::SagaId).do_nothing_on([Col::SagaId]).to_owned();
                     tx.execute(insert.on_conflict(keep)).await?;
@@ -338,8 +331,8 @@ impl Store for SqlStore {
 
     async fn load(&self, ids: &[OrderId]) -> Result<HashMap<OrderId, Row>> {
         let mut found = HashMap::with_capacity(ids.len());
-        for chunk in ids.chunks(CHUNK) {
-            let select = select_rows().and_where(Expr::col(Col::SagaId).is_in(texts(chunk))).to_owned();
+        for chunk in sql::key_chunks(ids) {
+            let select = select_rows().and_where(Expr::col(Col::SagaId).is_in(texts(&chunk))).to_owned();
             found.extend(rows(&self.db, &select).await?.into_iter().map(|row| (row.saga_id, row)));
         }
         Ok(found)
@@ -355,9 +348,9 @@ impl Store for SqlStore {
             Box::pin(async move {
                 let mut now: HashMap<OrderId, Row> = HashMap::with_capacity(ids.len());
                 let locked: Vec<OrderId> = BTreeSet::from_iter(ids.iter().copied()).into_iter().collect();
-                for chunk in locked.chunks(CHUNK) {
+                for chunk in sql::key_chunks(&locked) {
                     let select = select_rows()
-                        .and_where(Expr::col(Col::SagaId).is_in(texts(chunk)))
+                        .and_where(Expr::col(Col::SagaId).is_in(texts(&chunk)))
                         .order_by(Col::SagaId, Order::Asc)
                         .lock_exclusive()
                         .to_owned();
@@ -383,7 +376,7 @@ impl Store for SqlStore {
                 write_log(tx, &entries, false).await?;
                 let before: Vec<Row> = before.into_values().collect();
                 let after: Vec<Row> = before.iter().map(|row| now[&row.saga_id].clone()).collect();
-                for (before, after) in before.chunks(CHUNK).zip(after.chunks(CHUNK)) {
+                for (before, after) in sql::chunks(&before).zip(sql::chunks(&after)) {
                     write_rows(tx, before, after).await?;
                 }
                 Ok(verdicts)
@@ -401,14 +394,14 @@ impl Store for SqlStore {
             alike.entry(way).or_default().push(p.saga_id);
         }
         for ((version, attempts, next_attempt_at, stuck, last_error), ids) in alike {
-            for chunk in ids.chunks(CHUNK) {
+            for chunk in sql::key_chunks(&ids) {
                 let update = Query::update()
                     .table(Col::Table)
                     .value(Col::Attempts, attempts)
                     .value(Col::NextAttemptAt, next_attempt_at)
                     .value(Col::Stuck, stuck)
                     .value(Col::LastError, clipped(&last_error))
-                    .and_where(Expr::col(Col::SagaId).is_in(texts(chunk)))
+                    .and_where(Expr::col(Col::SagaId).is_in(texts(&chunk)))
                     .and_where(Expr::col(Col::Version).eq(version))
                     .to_owned();
                 self.db.execute(&update).await.map_err(sql::fault)?;
@@ -434,13 +427,15 @@ impl Store for SqlStore {
                 if claimed.is_empty() {
                     return Ok(claimed);
                 }
-                let ids = claimed.iter().map(|row| row.saga_id.to_string());
-                let lease = Query::update()
-                    .table(Col::Table)
-                    .value(Col::NextAttemptAt, until)
-                    .and_where(Expr::col(Col::SagaId).is_in(ids))
-                    .to_owned();
-                tx.execute(&lease).await?;
+                let ids: Vec<OrderId> = claimed.iter().map(|row| row.saga_id).collect();
+                for chunk in sql::key_chunks(&ids) {
+                    let lease = Query::update()
+                        .table(Col::Table)
+                        .value(Col::NextAttemptAt, until)
+                        .and_where(Expr::col(Col::SagaId).is_in(texts(&chunk)))
+                        .to_owned();
+                    tx.execute(&lease).await?;
+                }
                 for row in &mut claimed {
                     row.next_attempt_at = Some(until);
                 }
@@ -487,7 +482,7 @@ impl Store for SqlStore {
 
     async fn list(&self, filter: &Filter, after: &str, limit: u64) -> Result<Vec<Row>> {
         let wanted = match filter {
-            Filter::Stuck => Expr::col(Col::Stuck).eq(true),
+            Filter::Stuck => is_stuck(),
             Filter::State(state) => Expr::col(Col::State).eq(state.as_str()),
         };
         let select = select_rows()
@@ -503,7 +498,7 @@ impl Store for SqlStore {
         let select = Query::select()
             .expr_as(Expr::col(Col::SagaId).count(), Alias::new("stuck"))
             .from(Col::Table)
-            .and_where(Expr::col(Col::Stuck).eq(true))
+            .and_where(is_stuck())
             .to_owned();
         let row = self.db.query_one(&select).await.map_err(sql::fault)?;
         let count: i64 = row.map_or(Ok(0), |row| row.try_get("", "stuck")).map_err(sql::fault)?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use mesh::sql::transaction;
+use mesh::sql::{self, transaction};
 use proto::{BuyerId, Error, Money, OrderId, Reason, SaleId, error::Result, v1::OrderState};
 use sea_orm::{
     ActiveValue::Set, Condition, ConnectionTrait, DatabaseConnection, DbErr, EntityTrait, QueryFilter, QueryOrder,
@@ -15,9 +15,6 @@ use sea_orm::{
 
 use super::{Page, Store, Transitioned};
 use crate::domain::{Change, Record, Transition};
-
-/// Rows of one statement: fifteen columns each, well below the 32,766 parameters that SQLite takes.
-const ROWS: usize = 1_000;
 
 mod order_record {
     //! The table, see the crate `migrations`.
@@ -75,19 +72,25 @@ impl Store for SqlStore {
             by_id.entry(record.order_id).or_insert(record);
         }
         let by_id = Arc::new(by_id);
+        // Nearly always all of them are new: inserting finds out without reading first.
+        let inserted = transaction(&self.db, |tx| {
+            let by_id = by_id.clone();
+            Box::pin(async move { Ok(insert(tx, by_id.values(), None).await?) })
+        })
+        .await;
+        match inserted {
+            Ok(()) => return Ok(Arc::unwrap_or_clone(by_id).into_values().collect()),
+            Err(sql::Error::Db(error)) if sql::is_duplicate(&error) => {}
+            Err(error) => return Err(error.into()),
+        }
         let created = transaction(&self.db, |tx| {
             let by_id = by_id.clone();
             Box::pin(async move {
                 let there = existing(tx, by_id.keys()).await?;
                 let missing: Vec<_> = by_id.values().filter(|r| !there.contains(&r.order_id.to_string())).collect();
-                for chunk in missing.chunks(ROWS) {
-                    // Another transaction may have written one since: then that one stays.
-                    let stays = OnConflict::column(Column::OrderId).do_nothing_on([Column::OrderId]).to_owned();
-                    Entity::insert_many(chunk.iter().map(|r| to_row(r)))
-                        .on_conflict(stays)
-                        .exec_without_returning(tx)
-                        .await?;
-                }
+                // Another transaction may have written one since: then that one stays.
+                let stays = OnConflict::column(Column::OrderId).do_nothing_on([Column::OrderId]).to_owned();
+                insert(tx, missing.iter().copied(), Some(stays)).await?;
                 Ok(missing.into_iter().cloned().collect::<Vec<_>>())
             })
         })
@@ -103,9 +106,9 @@ impl Store for SqlStore {
                 let ids: BTreeSet<_> = transitions.iter().map(|t| t.order_id).collect();
                 let ids: Vec<_> = ids.into_iter().collect();
                 let mut records = HashMap::with_capacity(ids.len());
-                for chunk in ids.chunks(ROWS) {
+                for chunk in sql::key_chunks(&ids) {
                     // Locked in order of the key, or two batches of the same orders would wait for each other.
-                    let rows = select(chunk).order_by_asc(Column::OrderId).lock_exclusive().all(tx).await?;
+                    let rows = select(&chunk).order_by_asc(Column::OrderId).lock_exclusive().all(tx).await?;
                     for row in rows {
                         let record = from_row(row)?;
                         records.insert(record.order_id, record);
@@ -126,7 +129,7 @@ impl Store for SqlStore {
                     results.push(applied.map(|_| ()));
                 }
                 let rows: Vec<_> = touched.iter().map(|id| to_row(&records[id])).collect();
-                for chunk in rows.chunks(ROWS) {
+                for chunk in sql::chunks(&rows) {
                     // The rows are there and locked: the insert's only effect is to update them all in one statement.
                     let moves = OnConflict::column(Column::OrderId)
                         .update_columns([
@@ -149,8 +152,8 @@ impl Store for SqlStore {
 
     async fn get(&self, order_ids: Vec<OrderId>) -> Result<HashMap<OrderId, Record>> {
         let mut records = HashMap::with_capacity(order_ids.len());
-        for chunk in order_ids.chunks(ROWS) {
-            for row in select(chunk).all(&self.db).await.map_err(mesh::sql::fault)? {
+        for chunk in sql::key_chunks(&order_ids) {
+            for row in select(&chunk).all(&self.db).await.map_err(sql::fault)? {
                 let record = from_row(row)?;
                 records.insert(record.order_id, record);
             }
@@ -175,7 +178,7 @@ impl Store for SqlStore {
             .limit(page.limit)
             .all(&self.db)
             .await
-            .map_err(mesh::sql::fault)?;
+            .map_err(sql::fault)?;
         rows.into_iter().map(from_row).collect()
     }
 }
@@ -184,13 +187,30 @@ fn select(ids: &[OrderId]) -> sea_orm::Select<Entity> {
     Entity::find().filter(Column::OrderId.is_in(ids.iter().map(ToString::to_string)))
 }
 
+/// Inserts all of them. Without a word on what stays where two meet, meeting is an error.
+async fn insert(
+    tx: &impl ConnectionTrait,
+    records: impl Iterator<Item = &Record>,
+    stays: Option<OnConflict>,
+) -> std::result::Result<(), DbErr> {
+    let rows: Vec<_> = records.map(to_row).collect();
+    for chunk in sql::chunks(&rows) {
+        let mut insert = Entity::insert_many(chunk.to_vec());
+        if let Some(stays) = &stays {
+            insert = insert.on_conflict(stays.clone());
+        }
+        insert.exec_without_returning(tx).await?;
+    }
+    Ok(())
+}
+
 async fn existing(
     db: &impl ConnectionTrait,
     ids: impl Iterator<Item = &OrderId>,
 ) -> std::result::Result<HashSet<String>, DbErr> {
     let ids: Vec<_> = ids.map(ToString::to_string).collect();
     let mut there = HashSet::new();
-    for chunk in ids.chunks(ROWS) {
+    for chunk in sql::key_chunks(&ids) {
         let found: Vec<String> = Entity::find()
             .select_only()
             .column(Column::OrderId)

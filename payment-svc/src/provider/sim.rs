@@ -24,7 +24,7 @@ use mesh::{
     batch::{Batcher, Limits},
     clock::Clock,
     lifecycle::Lifecycle,
-    sql::transaction,
+    sql::{self, transaction},
 };
 use proto::{Money, OrderId, error::Result};
 use sea_orm::{
@@ -350,16 +350,20 @@ async fn answer(db: &DatabaseConnection, calls: Vec<Call>, now_ms: i64) -> Resul
             }
             if !new.is_empty() {
                 let stays = OnConflict::column(Column::PaymentId).do_nothing_on([Column::PaymentId]).to_owned();
-                Entity::insert_many(new.into_values().map(whole)).on_conflict(stays).exec_without_returning(tx).await?;
+                let new: Vec<_> = new.into_values().map(whole).collect();
+                for chunk in sql::chunks(&new) {
+                    let insert = Entity::insert_many(chunk.to_vec()).on_conflict(stays.clone());
+                    insert.exec_without_returning(tx).await?;
+                }
             }
             let ids: BTreeSet<_> = calls.iter().map(Call::payment_id).collect();
-            let found = Entity::find()
-                .filter(Column::PaymentId.is_in(ids))
-                .order_by_asc(Column::PaymentId)
-                .lock_exclusive()
-                .all(tx)
-                .await?;
-            let mut rows: BTreeMap<_, _> = found.into_iter().map(|row| (row.payment_id.clone(), row)).collect();
+            let mut rows = BTreeMap::new();
+            for chunk in sql::key_chunks(&Vec::from_iter(ids)) {
+                let wanted = Entity::find().filter(Column::PaymentId.is_in(chunk));
+                for row in wanted.order_by_asc(Column::PaymentId).lock_exclusive().all(tx).await? {
+                    rows.insert(row.payment_id.clone(), row);
+                }
+            }
             let (mut answers, mut changed) = (Vec::with_capacity(calls.len()), BTreeSet::new());
             for call in calls.iter() {
                 let row = rows.get_mut(call.payment_id());
@@ -388,15 +392,16 @@ async fn answer(db: &DatabaseConnection, calls: Vec<Call>, now_ms: i64) -> Resul
     Ok(rows)
 }
 
-/// Writes rows that are there and locked, in one statement.
+/// Writes rows that are there and locked.
 async fn update(tx: &DatabaseTransaction, rows: Vec<Model>) -> Result<(), DbErr> {
-    if rows.is_empty() {
-        return Ok(());
-    }
     let changes = OnConflict::column(Column::PaymentId)
         .update_columns([Column::State, Column::ChangeAt, Column::CaptureAt, Column::WebhookAt])
         .to_owned();
-    Entity::insert_many(rows.into_iter().map(whole)).on_conflict(changes).exec_without_returning(tx).await?;
+    let rows: Vec<_> = rows.into_iter().map(whole).collect();
+    for chunk in sql::chunks(&rows) {
+        let write = Entity::insert_many(chunk.to_vec()).on_conflict(changes.clone());
+        write.exec_without_returning(tx).await?;
+    }
     Ok(())
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use mesh::sql::{fault, transaction};
+use mesh::sql::{self, fault, transaction};
 use proto::{BuyerId, Error, Money, OrderId, error::Result};
 use sea_orm::{
     ActiveValue::{NotSet, Set},
@@ -24,9 +24,6 @@ use crate::{
     domain::{Answer, Book, Charge, Command, PaymentId, State, Times, reused},
     wire,
 };
-
-/// Rows of one statement: seventeen columns each, well below the 32,766 parameters that SQLite takes.
-const ROWS: usize = 1_000;
 
 mod payment_charge {
     //! The table, see the crate `migrations`.
@@ -153,7 +150,7 @@ impl Store for SqlStore {
                     }
                 }
                 save(tx, &before, &books).await?;
-                for chunk in announcements.chunks(ROWS) {
+                for chunk in sql::chunks(&announcements) {
                     outbox::Entity::insert_many(chunk.to_vec()).exec_without_returning(tx).await?;
                 }
                 Ok(answers)
@@ -169,7 +166,7 @@ impl Store for SqlStore {
             let payment_ids = payment_ids.clone();
             Box::pin(async move {
                 let mut order_ids = BTreeSet::new();
-                for chunk in payment_ids.chunks(ROWS) {
+                for chunk in sql::key_chunks(&payment_ids) {
                     let wanted = charge::Column::PaymentId.is_in(chunk.iter().map(PaymentId::as_str));
                     for row in charge::Entity::find().filter(wanted).all(tx).await? {
                         order_ids.insert(row.order_id.parse()?);
@@ -227,7 +224,7 @@ impl Store for SqlStore {
     }
 
     async fn forget(&self, seqs: Vec<i64>) -> Result<()> {
-        for chunk in seqs.chunks(ROWS) {
+        for chunk in sql::key_chunks(&seqs) {
             let published = outbox::Column::Seq.is_in(chunk.iter().copied());
             outbox::Entity::delete_many().filter(published).exec(&self.db).await.map_err(fault)?;
         }
@@ -240,7 +237,7 @@ async fn make_guards(tx: &DatabaseTransaction, requests: &[Request]) -> Result<(
     let first = |command: &Command| matches!(command, Command::Begin(_) | Command::Void);
     let new: BTreeSet<_> = requests.iter().filter(|r| first(&r.command)).map(|r| r.order_id.to_string()).collect();
     let new: Vec<_> = new.into_iter().collect();
-    for chunk in new.chunks(ROWS) {
+    for chunk in sql::chunks(&new) {
         let rows = chunk.iter().map(|id| guard::ActiveModel { order_id: Set(id.clone()), voided: Set(false) });
         let stays = OnConflict::column(guard::Column::OrderId).do_nothing_on([guard::Column::OrderId]).to_owned();
         guard::Entity::insert_many(rows).on_conflict(stays).exec_without_returning(tx).await?;
@@ -265,9 +262,10 @@ async fn load(
 ) -> Result<Books, mesh::sql::Error> {
     let ids: Vec<_> = order_ids.iter().map(ToString::to_string).collect();
     let mut books = Books::new();
-    for chunk in ids.chunks(ROWS) {
-        let mut guards =
-            guard::Entity::find().filter(guard::Column::OrderId.is_in(chunk)).order_by_asc(guard::Column::OrderId);
+    for chunk in sql::key_chunks(&ids) {
+        let mut guards = guard::Entity::find()
+            .filter(guard::Column::OrderId.is_in(chunk.clone()))
+            .order_by_asc(guard::Column::OrderId);
         if access == Access::Write {
             guards = guards.lock_exclusive();
         }
@@ -302,7 +300,7 @@ async fn begun_elsewhere(
         })
         .collect();
     let mut known = HashMap::new();
-    for chunk in ids.chunks(ROWS) {
+    for chunk in sql::key_chunks(&ids) {
         let rows: Vec<(String, String)> = charge::Entity::find()
             .select_only()
             .column(charge::Column::PaymentId)
@@ -335,11 +333,11 @@ async fn save(tx: &DatabaseTransaction, before: &Books, after: &Books) -> Result
         let known = old.map_or(&[][..], |b| &b.charges);
         charges.extend(book.charges.iter().filter(|c| !known.contains(c)).map(to_row));
     }
-    for chunk in guards.chunks(ROWS) {
+    for chunk in sql::chunks(&guards) {
         let voids = OnConflict::column(guard::Column::OrderId).update_column(guard::Column::Voided).to_owned();
         guard::Entity::insert_many(chunk.to_vec()).on_conflict(voids).exec_without_returning(tx).await?;
     }
-    for chunk in charges.chunks(ROWS) {
+    for chunk in sql::chunks(&charges) {
         // New ones are inserted; of known ones, locked by their guard, everything that can change is written.
         let changes = OnConflict::column(charge::Column::PaymentId)
             .update_columns([

@@ -24,9 +24,6 @@ use crate::domain::{
     sale::{NewSale, Sale, Verb},
 };
 
-/// Rows of one statement: twelve columns at most, well below the 32,766 parameters that SQLite takes.
-const ROWS: usize = 2000;
-
 /// Rows of the snapshot read at once.
 const SNAPSHOT_ROWS: u64 = 10_000;
 
@@ -90,6 +87,8 @@ mod stock_hold {
         pub hold_id: String,
         pub order_id: String,
         pub sale_id: String,
+        /// Both in one, see the index.
+        pub sale_buyer: String,
         pub buyer: String,
         pub quantity: i64,
         pub state: i32,
@@ -203,7 +202,7 @@ impl Store for SqlStore {
 
     async fn sales(&self, ids: &[SaleId]) -> Result<Vec<Record>> {
         let mut records = Vec::with_capacity(ids.len());
-        for chunk in ids.chunks(ROWS) {
+        for chunk in sql::key_chunks(ids) {
             let wanted = stock_sale::Column::SaleId.is_in(chunk.iter().map(SaleId::as_str));
             let rows = stock_sale::Entity::find().filter(wanted).all(&self.db).await.map_err(sql::fault)?;
             for row in rows {
@@ -364,7 +363,7 @@ impl Store for SqlStore {
     }
 
     async fn forget_outgoing(&self, ids: &[i64]) -> Result<()> {
-        for chunk in ids.chunks(ROWS) {
+        for chunk in sql::key_chunks(ids) {
             let relayed = stock_outbox::Column::Id.is_in(chunk.iter().copied());
             stock_outbox::Entity::delete_many().filter(relayed).exec(&self.db).await.map_err(sql::fault)?;
         }
@@ -493,7 +492,7 @@ async fn read_holds(
     let ids: BTreeSet<String> = ids.map(|id| id.to_string()).collect();
     let ids: Vec<String> = ids.into_iter().collect();
     let mut holds = BTreeMap::new();
-    for chunk in ids.chunks(ROWS) {
+    for chunk in sql::key_chunks(&ids) {
         let wanted = stock_hold::Column::HoldId.is_in(chunk.iter().map(String::as_str));
         for row in stock_hold::Entity::find().filter(wanted).all(tx).await? {
             let id = read_id(&row.hold_id)?;
@@ -513,14 +512,13 @@ async fn read_bought(
     // A sum is a decimal on two of the three, and only MySQL calls the integer otherwise.
     let integer = if tx.get_database_backend() == DbBackend::MySql { "SIGNED" } else { "BIGINT" };
     let mut bought = BTreeMap::new();
-    let buyers: Vec<_> = buyers.iter().map(|buyer| buyer.as_str()).collect();
-    for chunk in buyers.chunks(ROWS) {
+    let buyers: Vec<_> = buyers.iter().map(|buyer| sale_buyer(sale, buyer.as_str())).collect();
+    for chunk in sql::key_chunks(&buyers) {
         let rows: Vec<(String, i64)> = stock_hold::Entity::find()
             .select_only()
             .column(Column::Buyer)
             .column_as(Column::Quantity.sum().cast_as(Alias::new(integer)), "units")
-            .filter(Column::SaleId.eq(sale.as_str()))
-            .filter(Column::Buyer.is_in(chunk.iter().copied()))
+            .filter(Column::SaleBuyer.is_in(chunk))
             .filter(Column::State.is_in([LOCKED, SOLD]))
             .group_by(Column::Buyer)
             // MySQL takes "a" and "a " for the same text, and they are two buyers.
@@ -539,26 +537,24 @@ async fn read_bought(
 async fn read_held(tx: &DatabaseTransaction, sale: &Sale) -> Result<Vec<Held>, sql::Error> {
     use stock_hold::Column;
     let mut held = Vec::new();
-    for state in [LOCKED, SOLD] {
-        let mut after = String::new();
-        loop {
-            let rows = stock_hold::Entity::find()
-                .filter(Column::SaleId.eq(sale.id.as_str()))
-                .filter(Column::State.eq(state))
-                .filter(Column::HoldId.gt(after.as_str()))
-                .order_by_asc(Column::HoldId)
-                .limit(SNAPSHOT_ROWS)
-                .all(tx)
-                .await?;
-            let Some(last) = rows.last() else { break };
-            after.clone_from(&last.hold_id);
-            for row in rows {
-                // The order was created when its grant was taken, and falls due a payment window later.
-                let at = Ord::max(row.expire_at - sale.payment_window, 0);
-                let buyer = BuyerId::parse(&row.buyer)?;
-                let grant = Grant { epoch: row.grant_epoch, quantity: row.quantity, at, buyer };
-                held.push(Held { hold: read_id(&row.hold_id)?, grant });
-            }
+    let mut after = String::new();
+    loop {
+        let rows = stock_hold::Entity::find()
+            .filter(Column::SaleId.eq(sale.id.as_str()))
+            .filter(Column::State.is_in([LOCKED, SOLD]))
+            .filter(Column::HoldId.gt(after.as_str()))
+            .order_by_asc(Column::HoldId)
+            .limit(SNAPSHOT_ROWS)
+            .all(tx)
+            .await?;
+        let Some(last) = rows.last() else { break };
+        after.clone_from(&last.hold_id);
+        for row in rows {
+            // The order was created when its grant was taken, and falls due a payment window later.
+            let at = Ord::max(row.expire_at - sale.payment_window, 0);
+            let buyer = BuyerId::parse(&row.buyer)?;
+            let grant = Grant { epoch: row.grant_epoch, quantity: row.quantity, at, buyer };
+            held.push(Held { hold: read_id(&row.hold_id)?, grant });
         }
     }
     held.sort_by_key(|held| held.grant.at);
@@ -604,10 +600,10 @@ async fn write(tx: &DatabaseTransaction, all: Vec<(SaleId, Changes)>, now: i64) 
         moved.extend(changes.moved.iter().map(|(id, hold)| hold_row(*id, hold, now).into_active_model()));
         outgoing.extend(changes.outbox.iter().map(|refund| outgoing_row(&sale, refund, now)));
     }
-    for chunk in inserted.chunks(ROWS) {
+    for chunk in sql::chunks(&inserted) {
         stock_hold::Entity::insert_many(chunk.to_vec()).exec_without_returning(tx).await?;
     }
-    for chunk in moved.chunks(ROWS) {
+    for chunk in sql::chunks(&moved) {
         use stock_hold::Column;
         // These rows are there, and nobody else can change them: the insert only carries the new values of all of
         // them in one statement.
@@ -616,7 +612,7 @@ async fn write(tx: &DatabaseTransaction, all: Vec<(SaleId, Changes)>, now: i64) 
             .to_owned();
         stock_hold::Entity::insert_many(chunk.to_vec()).on_conflict(update).exec_without_returning(tx).await?;
     }
-    for chunk in outgoing.chunks(ROWS) {
+    for chunk in sql::chunks(&outgoing) {
         stock_outbox::Entity::insert_many(chunk.to_vec()).exec_without_returning(tx).await?;
     }
     Ok(())
@@ -719,11 +715,17 @@ fn record_of(row: stock_sale::Model) -> Result<Record> {
     Ok(Record { sale, ledger })
 }
 
+/// Unambiguous: no sale's id has a slash.
+fn sale_buyer(sale: &SaleId, buyer: &str) -> String {
+    format!("{sale}/{buyer}")
+}
+
 fn hold_row(id: HoldId, hold: &Hold, now: i64) -> stock_hold::Model {
     stock_hold::Model {
         hold_id: id.to_string(),
         order_id: hold.order.to_string(),
         sale_id: hold.sale.to_string(),
+        sale_buyer: sale_buyer(&hold.sale, hold.buyer.as_str()),
         buyer: hold.buyer.as_str().to_owned(),
         quantity: hold.quantity,
         state: match hold.state {
