@@ -29,6 +29,7 @@ use crate::{
     config::Config,
     domain::{Placed, Wanted, is_open},
     lanes::Lanes,
+    pace::Pace,
     sagas::Sagas,
     store::Row,
     wire::placed_order,
@@ -51,6 +52,7 @@ pub struct Accept {
     lanes: Lanes,
     permits: Batcher<AcquirePermit, Result<Acquired>>,
     messages: Batcher<bus::Message, Result<bus::Published, bus::Error>>,
+    pace: Pace,
     /// Refused orders that may be looked up at once.
     second_looks: Arc<Semaphore>,
 }
@@ -79,12 +81,14 @@ impl Accept {
                 async move { calls.publish(subjects::ORDERS, messages).await }
             })
         };
-        Self { calls, sagas, lanes, permits, messages, second_looks: Arc::new(Semaphore::new(SECOND_LOOKS)) }
+        let pace = Pace::start(calls.bus.clone(), config.accept_backlog.max(1), life);
+        Self { calls, sagas, lanes, permits, messages, pace, second_looks: Arc::new(Semaphore::new(SECOND_LOOKS)) }
     }
 
     /// Accepts one order. `PLACED` is answered only for what is durable (I5).
     pub async fn accept(&self, item: &AcceptOrder) -> Result<Order> {
         let wanted = Wanted::parse(item)?;
+        self.pace.pass().await?;
         match self.permits.submit(wanted.permit()).await?? {
             Acquired::Granted(grant) => self.granted(&wanted, &grant).await,
             Acquired::Released(()) => self.released(&wanted).await,

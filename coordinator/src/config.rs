@@ -21,6 +21,10 @@ pub struct Config {
     #[arg(long, env = "SECKILL_SAGA_CALLS", default_value_t = Config::default().saga_calls)]
     pub saga_calls: usize,
 
+    /// Accepted orders that may wait for the funnel. Whoever comes while it is full waits, too, for a second at most.
+    #[arg(long, env = "SECKILL_ACCEPT_BACKLOG", default_value_t = Config::default().accept_backlog)]
+    pub accept_backlog: usize,
+
     /// Accepted orders that the funnel locks in one go.
     #[arg(long, env = "SECKILL_FUNNEL_BATCH", default_value_t = Config::default().funnel_batch)]
     pub funnel_batch: usize,
@@ -115,22 +119,23 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             saga_batch: 512,
-            saga_calls: 3,
-            funnel_batch: 500,
-            funnel_workers: 2,
+            saga_calls: 2,
+            accept_backlog: 2_048,
+            funnel_batch: 512,
+            funnel_workers: 3,
             funnel_retry_ms: 100,
-            lane_batch: 500,
+            lane_batch: 512,
             ack_wait_ms: 10_000,
             lane_pending: 10_000,
             lane_refresh_ms: 3_000,
             deadline_sweep_ms: 250,
             deadline_grace_ms: 300,
-            deadline_sweep_batch: 1_000,
+            deadline_sweep_batch: 1_024,
             charge_timeout_ms: 3_000,
             charge_calls: 64,
             settle_grace_ms: 1_000,
             saga_recovery_ms: 500,
-            saga_recovery_batch: 500,
+            saga_recovery_batch: 512,
             saga_lease_ms: 5_000,
             saga_step_timeout_ms: 10_000,
             saga_retry_ms: 100,

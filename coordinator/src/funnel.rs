@@ -93,6 +93,7 @@ impl Funnel {
         let span = tracing::info_span!("funnel", items = deliveries.len());
         let mut rows = Vec::with_capacity(deliveries.len());
         let mut wanted = HashSet::with_capacity(deliveries.len());
+        let mut again = Vec::new();
         let read: Vec<_> = deliveries
             .into_iter()
             .map(|delivery| {
@@ -103,12 +104,15 @@ impl Funnel {
                     // The same order twice in one batch: the first one counts.
                     if wanted.insert(placed.order_id) {
                         rows.push(placed.row(traceparent));
+                        if delivery.attempt > 1 {
+                            again.push(placed.order_id);
+                        }
                     }
                 }
                 (delivery, placed)
             })
             .collect();
-        let locked = tracing::Instrument::instrument(self.lock(rows), span).await;
+        let locked = tracing::Instrument::instrument(self.lock(rows, &again), span).await;
         let failed = match &locked {
             Ok(failed) => failed.clone(),
             Err(error) => {
@@ -136,11 +140,16 @@ impl Funnel {
     }
 
     /// Locks, records and writes the orders that have no saga yet. Answers those that must come again.
-    async fn lock(&self, mut rows: Vec<Row>) -> Result<HashSet<proto::OrderId>> {
+    ///
+    /// Only what was delivered before (`again`) is looked for among the sagas, to spare its repetition: every step is
+    /// idempotent by the order's id, so an order that was published twice passes through here and changes nothing
+    /// (I10).
+    async fn lock(&self, mut rows: Vec<Row>, again: &[proto::OrderId]) -> Result<HashSet<proto::OrderId>> {
         let context = self.engine.context();
-        let ids: Vec<_> = rows.iter().map(|row| row.saga_id).collect();
-        let known = context.calls.store.load(&ids).await?;
-        rows.retain(|row| !known.contains_key(&row.saga_id));
+        if !again.is_empty() {
+            let known = context.calls.store.load(again).await?;
+            rows.retain(|row| !known.contains_key(&row.saga_id));
+        }
         let mut failed = HashSet::new();
         if rows.is_empty() {
             return Ok(failed);

@@ -39,6 +39,7 @@ pub mod funnel;
 pub mod lanes;
 pub mod ops;
 pub mod order_saga;
+mod pace;
 pub mod pay;
 pub mod refund_saga;
 pub mod sagas;

@@ -31,7 +31,7 @@ use crate::{
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
 /// Announcements in one go.
-const BATCH: usize = 500;
+const BATCH: usize = 512;
 /// Announcements delivered and not settled, those left to their buyers included.
 const MAX_PENDING: usize = 10_000;
 /// What could not be recorded is tried again.

@@ -52,9 +52,9 @@ type Outcomes = Result<Vec<Result<Outcome>>>;
 pub(crate) struct Service {
     engine: Engine,
     acquires: Batcher<Vec<(SaleId, Acquire)>, Vec<Admission>>,
-    locks: Batcher<Operations, Outcomes>,
-    releases: Batcher<Operations, Outcomes>,
-    deducts: Batcher<Operations, Outcomes>,
+    /// Locks, releases and deducts alike: they meet in the sale's row anyway, and there they had better share a
+    /// transaction than wait for one another's.
+    ledger: Batcher<Operations, Outcomes>,
 }
 
 impl Service {
@@ -69,13 +69,12 @@ impl Service {
                 sizes.into_iter().map(|size| admissions.by_ref().take(size).collect()).collect()
             }
         });
-        let applying = |name| {
+        // Two transactions: the second is at the row's lock when the first commits.
+        let ledger = {
             let engine = engine.clone();
-            Batcher::start(name, Limits::default(), life.tasks(), move |calls| apply(engine.clone(), calls))
+            Batcher::start("ledger", Limits::default(), life.tasks(), move |calls| apply(engine.clone(), calls))
         };
-        let (locks, releases) = (applying("lock_stock"), applying("release_stock"));
-        let deducts = applying("deduct_stock");
-        Self { engine, acquires, locks, releases, deducts }
+        Self { engine, acquires, ledger }
     }
 }
 
@@ -187,7 +186,7 @@ impl Stock for Service {
     }
 
     async fn lock_stock(&self, request: Request<LockStockRequest>) -> Result<Response<LockStockResponse>, Status> {
-        let results = call(&self.locks, request.into_inner().items, lock).await?;
+        let results = call(&self.ledger, request.into_inner().items, lock).await?;
         Ok(Response::new(LockStockResponse { results: results.into_iter().map(lock_result).collect() }))
     }
 
@@ -195,7 +194,7 @@ impl Stock for Service {
         &self,
         request: Request<ReleaseStockRequest>,
     ) -> Result<Response<ReleaseStockResponse>, Status> {
-        let results = call(&self.releases, request.into_inner().items, release).await?;
+        let results = call(&self.ledger, request.into_inner().items, release).await?;
         Ok(Response::new(ReleaseStockResponse { results: results.into_iter().map(item_result).collect() }))
     }
 
@@ -203,7 +202,7 @@ impl Stock for Service {
         &self,
         request: Request<DeductStockRequest>,
     ) -> Result<Response<DeductStockResponse>, Status> {
-        let results = call(&self.deducts, request.into_inner().items, deduct).await?;
+        let results = call(&self.ledger, request.into_inner().items, deduct).await?;
         Ok(Response::new(DeductStockResponse { results: results.into_iter().map(item_result).collect() }))
     }
 }
