@@ -121,6 +121,7 @@ mod tests {
         assert_eq!(accepted.find(&id(0)), None);
         tokio::time::advance(KEPT_FOR + Duration::from_secs(1)).await;
         accepted.keep(id(0), &order(id(0), OrderState::Placed));
-        assert_eq!((accepted.lock().orders.len(), accepted.lock().ages.len()), (1, 1));
+        let inner = accepted.lock();
+        assert_eq!((inner.orders.len(), inner.ages.len()), (1, 1));
     }
 }
