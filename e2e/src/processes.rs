@@ -1,6 +1,7 @@
 //! Real processes of the mesh, to be killed: one all-in-one, or one a role.
 
 use std::{
+    io,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -55,9 +56,14 @@ impl Process {
         Site::at(self.address)
     }
 
+    /// One HTTP request at its door, and the answer as it came.
+    pub async fn http(&self, method: &str, path: &str, headers: &[(&str, String)], body: &str) -> io::Result<String> {
+        http(self.address, method, path, headers, body).await
+    }
+
     async fn ready(&self) {
         eventually("the process is ready", async || {
-            let answer = get(self.admin, "/readyz").await.ok()?;
+            let answer = http(self.admin, "GET", "/readyz", &[], "").await.ok()?;
             answer.starts_with("HTTP/1.1 200").then_some(())
         })
         .await;
@@ -91,10 +97,19 @@ fn spawn(program: &PathBuf, arguments: &[String], address: SocketAddr, admin: So
 }
 
 /// The plainest of HTTP: no client to share a fault with what is tested.
-async fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
+async fn http(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, String)],
+    body: &str,
+) -> io::Result<String> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let length = body.len();
     let mut stream = tokio::net::TcpStream::connect(address).await?;
-    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes()).await?;
+    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n");
+    stream.write_all(format!("{head}{headers}\r\n{body}").as_bytes()).await?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await?;
     Ok(answer)
