@@ -21,8 +21,8 @@ use proto::{
 };
 use tokio::time::Instant;
 
-/// Some 10 MiB. A rush that is asked about later than this many orders after is read from the records.
-const ORDERS: usize = 16_384;
+/// Some 5 MiB. A rush that is asked about later than this many orders after is read from the records.
+const ORDERS: usize = 8_192;
 
 /// A buyer who was not back by then is not waiting.
 const KEPT_FOR: Duration = Duration::from_secs(30);

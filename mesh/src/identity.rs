@@ -207,6 +207,7 @@ impl Identity {
 }
 
 /// Makes HS256 tokens: for `seckill token`, the demo and tests.
+#[derive(Clone)]
 pub struct Minter {
     key: EncodingKey,
     issuer: Option<String>,

@@ -53,7 +53,7 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
                 .busy_timeout(Duration::from_secs(10))
                 .pragma("journal_mode", "WAL")
                 .pragma("synchronous", "FULL")
-                .pragma("cache_size", "-8000")
+                .pragma("cache_size", "-4000")
                 .pragma("wal_autocheckpoint", "4000")
         });
     } else {

@@ -91,7 +91,7 @@ impl SqliteBus {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(LOCK_WAIT)
-            .pragma("cache_size", "-8000")
+            .pragma("cache_size", "-4000")
             // Fewer and larger checkpoints: each syncs the file and not only its log.
             .pragma("wal_autocheckpoint", "4000");
         Self::start(options, Some(lock), clock, tasks).await

@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
+use mesh::identity::Minter;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -12,6 +13,7 @@ use super::{
     client::{Answer, Client, Turn},
     report::Tally,
 };
+use crate::tools;
 
 /// What a buyer does once it holds a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,9 +28,34 @@ pub enum Temper {
     WalksAway,
 }
 
+/// Who the buyers are. Their tokens are minted when they are needed: a hundred thousand kept ones would be most of what
+/// the crowd weighs.
+#[derive(Debug)]
+pub struct Identities {
+    /// Mints tokens that the gateway takes.
+    pub minter: Minter,
+    /// Tells this run's buyers from another's.
+    pub run: String,
+}
+
+impl Identities {
+    /// The token of one buyer, as its header has it.
+    pub fn token(&self, buyer: u32) -> anyhow::Result<HeaderValue> {
+        self.mint(&format!("buyer-{}-{buyer}", self.run), "buyer")
+    }
+
+    /// A token, as its header has it.
+    pub fn mint(&self, sub: &str, scope: &str) -> anyhow::Result<HeaderValue> {
+        let token = tools::mint(&self.minter, sub, scope, Duration::from_secs(24 * 3600))?;
+        Ok(HeaderValue::try_from(format!("Bearer {token}"))?)
+    }
+}
+
 /// Everything the buyers share.
 #[derive(Debug)]
 pub struct Rush {
+    /// Who they are.
+    pub identities: Identities,
     /// Connections for placing.
     pub client: Client,
     /// Connections for those who wait for their order to be locked. Browsers do not share connections: whoever is at
@@ -47,14 +74,17 @@ pub struct Rush {
 }
 
 /// One buyer's whole visit, from when it is its turn at the door.
-pub async fn visit(rush: Arc<Rush>, turn: Turn, token: HeaderValue, temper: Temper) {
-    let Some(order) = acquire(&rush, turn, &token).await else { return };
-    // Boxed: of those who come in vain, and are many, none gets here.
-    Box::pin(purchase(&rush, order, token, temper)).await;
+pub async fn visit(rush: Arc<Rush>, turn: Turn, buyer: u32, temper: Temper) -> anyhow::Result<()> {
+    let token = rush.identities.token(buyer)?;
+    if let Some(order) = acquire(&rush, turn, &token).await {
+        // Boxed: of those who come in vain, and are many, none gets here.
+        Box::pin(purchase(&rush, order, buyer, token, temper)).await;
+    }
+    Ok(())
 }
 
 /// What a buyer does with its order.
-async fn purchase(rush: &Rush, order: String, token: HeaderValue, temper: Temper) {
+async fn purchase(rush: &Rush, order: String, buyer: u32, token: HeaderValue, temper: Temper) {
     let path = format!("/v1/{order}");
     let placed = Instant::now();
     let Some(state) = leaves_placed(rush, &path, &token).await else { return };
@@ -78,7 +108,7 @@ async fn purchase(rush: &Rush, order: String, token: HeaderValue, temper: Temper
     // Who does not wait for the end is asked for at the end.
     match ended {
         Some(state) if is_terminal(&state) => rush.tally.ended(&state),
-        _ => rush.tally.left_open(order, token),
+        _ => rush.tally.left_open(order, buyer),
     }
 }
 

@@ -19,6 +19,7 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 use clap::Args;
+use futures::{StreamExt, stream};
 use http::{HeaderValue, Method};
 use mesh::{
     identity::{Minter, Secret},
@@ -30,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
-    buyer::{Rush, Temper},
+    buyer::{Identities, Rush, Temper},
     client::Client,
     report::Tally,
 };
@@ -122,11 +123,9 @@ async fn hold(
     mesh: Option<&Mesh>,
     life: &Lifecycle,
 ) -> anyhow::Result<bool> {
-    let bearer = |sub: &str, scope: &str| -> anyhow::Result<HeaderValue> {
-        let token = tools::mint(minter, sub, scope, Duration::from_secs(24 * 3600))?;
-        Ok(HeaderValue::try_from(format!("Bearer {token}"))?)
-    };
-    let operator = bearer("demo-operator", "operator")?;
+    let run = Uuid::new_v4().simple().to_string()[..8].to_owned();
+    let identities = Identities { minter: minter.clone(), run };
+    let operator = identities.mint("demo-operator", "operator")?;
     let client = Client::new(gateway, args.connections)?;
     // Waiting takes no work, only patience.
     let waiting = Client::new(gateway, args.connections * 2)?;
@@ -134,10 +133,6 @@ async fn hold(
     // Never behind the crowd, or it would see nothing of it.
     let watching = Client::new(gateway, 1)?;
     let sale = create_sale(args, &client, &operator).await?;
-    let run = Uuid::new_v4().simple().to_string();
-    let tokens = (0..args.buyers)
-        .map(|i| bearer(&format!("buyer-{}-{i}", &run[..8]), "buyer"))
-        .collect::<anyhow::Result<Vec<_>>>()?;
     let tempers = tempers(args);
     println!(
         "sale       sales/{sale}: {} units for {} buyers, {:?} to pay; of 100 who hold one {} pay, {} are declined, \
@@ -147,6 +142,7 @@ async fn hold(
 
     let start = Instant::now();
     let rush = Arc::new(Rush {
+        identities,
         client: client.clone(),
         waiting,
         paying,
@@ -162,16 +158,16 @@ async fn hold(
     let progress = tokio::spawn(show_progress(rush.clone(), stock.clone(), over.clone()));
     let mut visits = tokio::task::JoinSet::new();
     let visited = async {
-        for (token, temper) in tokens.into_iter().zip(tempers) {
+        for (buyer, temper) in (0..).zip(tempers) {
             let turn = client.turn().await?;
-            visits.spawn(buyer::visit(rush.clone(), turn, token, temper));
+            visits.spawn(buyer::visit(rush.clone(), turn, buyer, temper));
             // Whoever has gone home takes no more room.
             while let Some(done) = visits.try_join_next() {
-                done.context("a buyer crashed")?;
+                done.context("a buyer crashed")??;
             }
         }
         while let Some(done) = visits.join_next().await {
-            done.context("a buyer crashed")?;
+            done.context("a buyer crashed")??;
         }
         anyhow::Ok((await_ends(args, &rush).await, stock.at_rest(&rush, &operator).await))
     };
@@ -243,31 +239,28 @@ fn tempers(args: &DemoArgs) -> Vec<Temper> {
     all
 }
 
-/// Asks every order left open until it has ended. Answers how many have not within the window and a generous bound.
-async fn await_ends(args: &DemoArgs, rush: &Arc<Rush>) -> usize {
-    let open = rush.tally.take_open();
+/// Asks every order left open until it has ended, oldest first. Answers how many have not within the window and a
+/// generous bound.
+async fn await_ends(args: &DemoArgs, rush: &Rush) -> usize {
     let deadline = Instant::now() + args.payment_window + Duration::from_secs(30);
-    let mut asking = tokio::task::JoinSet::new();
-    for (order, token) in open {
-        let rush = rush.clone();
-        asking.spawn(async move {
-            let path = format!("/v1/{order}");
-            loop {
-                let answer = buyer::insist(&rush, &rush.client, Method::GET, &path, &token, None, "").await;
-                let state = answer.map(|a| buyer::state_of(&a)).unwrap_or_default();
-                if buyer::is_terminal(&state) {
-                    rush.tally.ended(&state);
-                    return true;
-                }
-                if Instant::now() > deadline {
-                    eprintln!("{order} is still {state}");
-                    return false;
-                }
-                tokio::time::sleep(Duration::from_millis(rand::random_range(500..1500))).await;
+    let ended = stream::iter(rush.tally.take_open()).map(|(order, buyer)| async move {
+        let Ok(token) = rush.identities.token(buyer) else { return false };
+        let path = format!("/v1/{order}");
+        loop {
+            let answer = buyer::insist(rush, &rush.client, Method::GET, &path, &token, None, "").await;
+            let state = answer.map(|a| buyer::state_of(&a)).unwrap_or_default();
+            if buyer::is_terminal(&state) {
+                rush.tally.ended(&state);
+                return true;
             }
-        });
-    }
-    asking.join_all().await.into_iter().filter(|ended| !ended).count()
+            if Instant::now() > deadline {
+                eprintln!("{order} is still {state}");
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(rand::random_range(500..1500))).await;
+        }
+    });
+    ended.buffer_unordered(args.connections).filter(|ended| std::future::ready(!ended)).count().await
 }
 
 /// Looks at the stock all the while, as an operator would.

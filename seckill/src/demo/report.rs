@@ -8,7 +8,6 @@ use std::{
 };
 
 use hdrhistogram::Histogram;
-use http::HeaderValue;
 use tokio::time::Instant;
 
 /// Counts and latencies, written by all buyers.
@@ -26,7 +25,7 @@ struct Inner {
     locked: Flow,
     paid: Histogram<u64>,
     refusals: Histogram<u64>,
-    open: Vec<(String, HeaderValue)>,
+    open: Vec<(String, u32)>,
 }
 
 /// Things that happened over time, and how long each took.
@@ -132,12 +131,12 @@ impl Tally {
     }
 
     /// A buyer left an order to its fate.
-    pub fn left_open(&self, order: String, token: HeaderValue) {
-        self.lock().open.push((order, token));
+    pub fn left_open(&self, order: String, buyer: u32) {
+        self.lock().open.push((order, buyer));
     }
 
     /// The orders left open, which are asked for at the end.
-    pub fn take_open(&self) -> Vec<(String, HeaderValue)> {
+    pub fn take_open(&self) -> Vec<(String, u32)> {
         std::mem::take(&mut self.lock().open)
     }
 
