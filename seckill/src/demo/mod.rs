@@ -54,8 +54,8 @@ pub struct DemoArgs {
     /// How many units there are.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub stock: u32,
-    /// How long a unit is held for payment.
-    #[arg(long, default_value = "5s", value_parser = duration)]
+    /// How long a unit is held for payment. In a rush of many thousand orders five seconds are not enough for most to pay.
+    #[arg(long, default_value = "15s", value_parser = duration)]
     pub payment_window: Duration,
     /// Of 100 who hold a unit, how many pay. The rest of 100 walk away.
     #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
