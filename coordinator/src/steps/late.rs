@@ -12,22 +12,9 @@ use crate::{
 };
 
 /// Takes a permit for the late hold, whose id the saga recorded on its way here, and locks it. Locked before is the
-/// same answer again.
+/// same answer again; refused once is refused for ever, whoever asks.
 pub async fn reacquire(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
-    let granted = stock::acquire_rows(&steps.calls, rows.iter()).await;
-    let mut outcomes: Vec<Option<Outcome<Event>>> = Vec::with_capacity(rows.len());
-    let mut holds = Vec::new();
-    for (row, grant) in rows.iter().zip(granted) {
-        outcomes.push(match grant {
-            stock::Lock::Held { epoch } => {
-                holds.push(Row { grant_epoch: epoch, ..row.clone() });
-                None
-            }
-            other => Some(read(other)),
-        });
-    }
-    let mut locked = stock::lock_rows(&steps.calls, &holds).await.into_iter().map(read);
-    outcomes.into_iter().map(|o| o.or_else(|| locked.next()).unwrap_or(Outcome::InProgress)).collect()
+    stock::acquire_and_lock(&steps.calls, &rows).await.into_iter().map(read).collect()
 }
 
 fn read(lock: stock::Lock) -> Outcome<Event> {

@@ -85,6 +85,9 @@ pub struct Lock {
     pub grant_epoch: i64,
     /// When payment is due, Unix milliseconds.
     pub expire_at: i64,
+    /// Why its order, whose grant was stale, was not granted another: it is refused for that, unless it holds already.
+    /// Unspecified for a wish that has its grant.
+    pub refusal: Reason,
 }
 
 /// What a wish to hold came to.
@@ -230,6 +233,9 @@ impl Book {
                 _ => Locked::Refused(Reason::PermitLapsed),
             };
         }
+        if wish.refusal != Reason::Unspecified {
+            return self.refuse(wish, wish.refusal);
+        }
         if wish.grant_epoch != self.ledger.epoch {
             return Locked::Stale;
         }
@@ -265,7 +271,10 @@ impl Book {
     /// A refusal is remembered: what was refused once is never held later, when its order has been told so.
     fn refuse(&mut self, wish: &Lock, reason: Reason) -> Locked {
         self.bury(wish.hold, wish.order, &wish.buyer, wish.quantity, reason);
-        self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
+        // A stale grant went with its epoch.
+        if wish.grant_epoch == self.ledger.epoch {
+            self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
+        }
         Locked::Refused(reason)
     }
 

@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use mesh::testing::eventually;
-use proto::{Reason, internal::Grant, v1};
+use proto::{
+    Reason,
+    internal::{Grant, LockItem},
+    v1,
+};
 use stock_svc::{
     domain::permits::{Claimed, Opening, Raise, Withdrawn},
     store::{Operation, Store},
@@ -121,6 +125,28 @@ async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
         assert!(fresh.epoch > stale.epoch, "{}", world.name);
         assert_eq!(lock(&world.client, &wanted, &fresh).await, LockedAs::Locked, "{}", world.name);
         assert_eq!(world.at_rest(&sale).await.held, 1, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_once_is_never_held_and_what_is_held_is_not_refused() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let refuse = |wanted: &Wanted| LockItem {
+            refusal: Reason::AllHeld.into(),
+            ..lock_item(wanted, &Grant { epoch: 0, ..Grant::default() })
+        };
+        let (refused, held) = (wanted(&sale, "alice", 1), wanted(&sale, "bob", 1));
+        let all = lock_all(&world.client, vec![refuse(&refused)]).await;
+        assert_eq!(all, [LockedAs::Refused(Reason::AllHeld)], "{}", world.name);
+        // A unit is there, and another coordinator has got a permit for it.
+        let grant = granted(&world.client, &refused).await;
+        let late = lock(&world.client, &refused, &grant).await;
+        assert_eq!(late, LockedAs::Refused(Reason::AllHeld), "{}: the same answer again", world.name);
+        hold(&world.client, &held).await;
+        assert_eq!(lock_all(&world.client, vec![refuse(&held)]).await, [LockedAs::Locked], "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held), (1, 1), "{}: and the permit has gone back", world.name);
     }
 }
 

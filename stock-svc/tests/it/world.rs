@@ -295,6 +295,7 @@ pub fn lock_item(wanted: &Wanted, grant: &Grant) -> LockItem {
         quantity: wanted.quantity,
         grant_epoch: grant.epoch,
         expire_at_ms: grant.granted_at_ms + grant.payment_window_ms,
+        refusal: Reason::Unspecified.into(),
     }
 }
 
