@@ -113,7 +113,7 @@ pub enum Swept {
 }
 
 /// A rebuild's view: A and the newest release, at the moment the fence moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Snapshot {
     /// A.
     pub available: i64,
@@ -164,9 +164,11 @@ impl Ledger {
         epoch
     }
 
-    /// Step 4 of a rebuild: moves the fence, only forward, and says what there is. None when it is further already.
+    /// Step 4 of a rebuild: moves the fence, only forward, and says what there is. None when it is further already, or
+    /// when there is a newer rebuild: that one may have claimed, and its claim may be lost; were this one to open now,
+    /// the newer fence would cut off orders that were accepted meanwhile.
     pub fn move_fence(&mut self, epoch: i64) -> Option<Snapshot> {
-        if epoch <= self.epoch {
+        if epoch <= self.epoch || epoch + 1 < self.next_epoch {
             return None;
         }
         self.epoch = epoch;
@@ -391,5 +393,21 @@ impl Book {
         if !self.inserted.contains(&id) {
             self.moved.insert(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e15_only_the_newest_rebuild_moves_the_fence_and_only_once() {
+        let mut ledger = Ledger::new(3);
+        let (older, newer) = (ledger.allocate_epoch(0), ledger.allocate_epoch(0));
+        assert_eq!(ledger.move_fence(older), None, "a newer one may have claimed");
+        let snapshot = Snapshot { available: 3, release_seq: 0 };
+        assert_eq!(ledger.move_fence(newer), Some(snapshot));
+        assert_eq!(ledger.move_fence(newer), None);
+        assert_eq!(ledger.epoch, newer);
     }
 }

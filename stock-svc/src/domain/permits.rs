@@ -187,7 +187,7 @@ pub enum Refunded {
 }
 
 /// What a claim came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Claimed {
     /// Admission is closed and waits for this epoch's opening.
     Yes,
@@ -196,7 +196,7 @@ pub enum Claimed {
 }
 
 /// A hold of the ledger's snapshot, put back among the grants by a rebuild.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Held {
     /// Which.
     pub hold: HoldId,
@@ -205,7 +205,7 @@ pub struct Held {
 }
 
 /// How a rebuild opens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Opening {
     /// The claimed epoch.
     pub epoch: i64,

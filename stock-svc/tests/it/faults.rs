@@ -129,6 +129,36 @@ async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
 }
 
 #[tokio::test]
+async fn e13_an_order_that_waits_for_permits_holds_up_no_rebuild_and_one_that_can_be_locked_does() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let funnel = world.funnel().await;
+        // Granted before a loss, and published after it: only an opening can let it through.
+        let late = wanted(&sale, "alice", 1);
+        let stale = granted(&world.client, &late).await;
+        world.lose_permits(&sale).await;
+        let opened = async || (world.report(&sale).await.state() == v1::PermitState::Open).then_some(());
+        eventually("the permits are back", opened).await;
+        world.publish(&late, &stale).await;
+        // Behind it, one that was accepted in time.
+        let placed = wanted(&sale, "bob", 1);
+        let good = world.place(&placed).await.unwrap();
+        world.lose_permits(&sale).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(world.report(&sale).await.state(), v1::PermitState::Rebuilding, "{}: bob has no unit", world.name);
+        // The funnel locks bob's and cannot lock alice's: it is not done with what is in the stream.
+        let waiting = funnel.consumer.fetch(10, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(waiting.len(), 2, "{}", world.name);
+        assert_eq!(lock(&world.client, &late, &stale).await, LockedAs::Stale, "{}", world.name);
+        assert_eq!(lock(&world.client, &placed, &good).await, LockedAs::Locked, "{}", world.name);
+        eventually("the permits are back again", opened).await;
+        let renewed = granted(&world.client, &late).await;
+        assert_eq!(lock(&world.client, &late, &renewed).await, LockedAs::Locked, "{}", world.name);
+        assert_eq!(world.at_rest(&sale).await.held, 2, "{}", world.name);
+    }
+}
+
+#[tokio::test]
 async fn what_is_refused_once_is_never_held_and_what_is_held_is_not_refused() {
     for world in worlds().await {
         let sale = world.sale(2, 1).await;
