@@ -1,8 +1,8 @@
 //! The stock protocol, pure: no I/O, no clock, no randomness. What time it is and what is stored are arguments.
 //!
 //! SQL holds stock ([`ledger`]); permits are the right to ask for it ([`permits`]). A permit can be lost or withheld
-//! without harm and is never invented. [`rebuild`] says in which order the one follows the other after a loss. A model
-//! checker can drive these very modules.
+//! without harm and is never invented. [`rebuild`] and [`reconcile`] say how the one follows the other after a loss.
+//! A model checker can drive these very modules.
 //!
 //! One equation ties the two together, and reconciliation rests on it:
 //!
@@ -18,6 +18,7 @@
 pub mod ledger;
 pub mod permits;
 pub mod rebuild;
+pub mod reconcile;
 pub mod sale;
 
 /// A hold's id: the order's, or one derived from it.

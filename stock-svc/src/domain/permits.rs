@@ -222,8 +222,10 @@ pub struct Opening {
 pub struct Raise {
     /// Only if still this epoch …
     pub epoch: i64,
-    /// … and nothing was corrected since.
+    /// … and nothing was corrected since …
     pub version: i64,
+    /// … nor any release counted.
+    pub offered: i64,
     /// Units that are not offered and should be.
     pub missing: i64,
     /// Releases up to here were counted in: a late duplicate of one of them must not count again.
@@ -440,11 +442,11 @@ impl Permits {
         Some(taken)
     }
 
-    /// Offers what is missing, only if nothing was corrected since it was decided.
+    /// Offers what is missing, only if nothing was corrected or released since it was decided.
     pub fn raise(&mut self, raise: &Raise) -> bool {
         let Some(state) = self.open_state() else { return false };
         let header = &mut state.header;
-        if (header.epoch, header.version) != (raise.epoch, raise.version) {
+        if (header.epoch, header.version, header.offered()) != (raise.epoch, raise.version, raise.offered) {
             return false;
         }
         header.free += raise.missing;

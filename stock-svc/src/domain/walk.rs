@@ -10,9 +10,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use super::{
     HoldId,
     ledger::{Book, Changes, Hold, HoldState, Ledger, Lock, Locked, Snapshot},
-    permits::{
-        Acquire, Acquired, Claimed, Facts, Grant, Held, Opening, Permits, Phase, Raise, Refund, Refunded, Withdrawn,
-    },
+    permits::{Acquire, Acquired, Claimed, Facts, Grant, Held, Opening, Permits, Phase, Refund, Refunded, Withdrawn},
+    reconcile::shortage,
     sale::Verb,
 };
 
@@ -170,12 +169,7 @@ impl World {
     fn reconcile(&mut self) {
         let Some(header) = self.permits.header().filter(|h| h.phase == Phase::Open).cloned() else { return };
         if header.epoch == self.ledger.epoch && self.outbox.is_empty() && header.offered() < self.ledger.offerable() {
-            assert!(self.permits.raise(&Raise {
-                epoch: header.epoch,
-                version: header.version,
-                missing: self.ledger.offerable() - header.offered(),
-                release_seq: self.ledger.release_seq,
-            }));
+            assert!(self.permits.raise(&shortage(&self.ledger, true, &header).unwrap()));
         }
     }
 

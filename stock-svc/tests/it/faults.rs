@@ -10,7 +10,7 @@ use proto::{
     v1,
 };
 use stock_svc::{
-    domain::permits::{Claimed, Opening, Raise, Withdrawn},
+    domain::permits::{Claimed, Header, Opening, Raise, Withdrawn},
     store::{Operation, Store},
 };
 
@@ -287,7 +287,8 @@ async fn reconciliation_clamps_what_is_too_much_and_raises_what_is_too_little() 
         let on_its_way = granted(&world.client, &wanted(&sale, "alice", 1)).await;
         assert_eq!(on_its_way.epoch, 1, "{}", world.name);
         let header = world.permits().header(&sale).await.unwrap().unwrap();
-        let forged = Raise { epoch: header.epoch, version: header.version, missing: 5, release_seq: 0 };
+        let Header { epoch, version, .. } = header;
+        let forged = Raise { epoch, version, offered: header.offered(), missing: 5, release_seq: 0 };
         assert!(world.permits().raise(&sale, &forged).await.unwrap(), "{}", world.name);
         eventually("clamped", async || (world.report(&sale).await.permits == 9).then_some(())).await;
         // Lost: a withdrawal whose adjustment never came.
