@@ -12,6 +12,7 @@
 use super::{
     ledger::Snapshot,
     permits::{Claimed, Facts, Held, Opening, Phase},
+    rules::{Enforced, Rule, Rules},
 };
 
 /// What step 4 of a rebuild sees, all at one moment.
@@ -129,7 +130,12 @@ impl Rebuild {
 /// where the fence is now. One that is stale already cannot, however long a rebuild waits: it needs permits anew, which
 /// only an opening gives. To wait for that would be to wait for oneself, or for a rebuild that this one has overtaken.
 pub fn blocks(grant_epoch: i64, fence: i64) -> bool {
-    grant_epoch == fence
+    blocks_under::<Enforced>(grant_epoch, fence)
+}
+
+/// [`blocks`] under these rules.
+pub fn blocks_under<R: Rules>(grant_epoch: i64, fence: i64) -> bool {
+    grant_epoch == fence || !R::holds(Rule::DrainSkipsStale)
 }
 
 #[cfg(test)]
