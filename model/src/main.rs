@@ -5,6 +5,7 @@ use std::{process::ExitCode, time::Instant};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use model::{
+    saga::{self, Bounds, Lapse},
     search::{Limits, Report, Verdict},
     stock::{self, Scope},
 };
@@ -28,6 +29,8 @@ struct Cli {
 enum What {
     /// The stock protocol within bounds of your own
     Stock(StockArgs),
+    /// One order's saga within bounds of your own
+    Saga(SagaArgs),
     /// The stock protocol's rules
     Rules,
 }
@@ -60,6 +63,31 @@ struct StockArgs {
     without: Vec<Rule>,
 }
 
+#[derive(clap::Args)]
+struct SagaArgs {
+    /// Attempts to pay
+    #[arg(long, default_value_t = 2)]
+    pays: u8,
+    /// The buyer may cancel
+    #[arg(long)]
+    cancels: bool,
+    /// How often the provider captures what it had given up
+    #[arg(long, default_value_t = 0)]
+    contradictions: u8,
+    /// How often a rival takes the unit
+    #[arg(long, default_value_t = 0)]
+    rivals: u8,
+    /// The order's grant is stale when the funnel comes to it
+    #[arg(long)]
+    stale: bool,
+    /// How often an operator gives up on a payment
+    #[arg(long, default_value_t = 0)]
+    abandons: u8,
+    /// Coordinators
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=3))]
+    coordinators: u8,
+}
+
 fn rule(name: &str) -> Result<Rule, String> {
     let found = Rule::ALL.iter().find(|rule| rule.name().eq_ignore_ascii_case(name));
     found.copied().ok_or_else(|| format!("is no rule; `rules` lists them: {name}"))
@@ -71,6 +99,20 @@ fn main() -> Result<ExitCode> {
     let good = match cli.what {
         None => everything(limits),
         Some(What::Stock(args)) => own_stock(&args, limits)?,
+        Some(What::Saga(args)) => {
+            let bounds = Bounds {
+                name: "the order saga",
+                pays: args.pays,
+                cancels: args.cancels,
+                contradictions: args.contradictions,
+                rivals: args.rivals,
+                stale: args.stale,
+                abandons: args.abandons,
+                coordinators: args.coordinators.into(),
+                lapses: Vec::new(),
+            };
+            search_saga(&bounds, limits)
+        }
         Some(What::Rules) => {
             for rule in Rule::ALL {
                 println!("{:<28}{}", rule.name(), rule.sentence());
@@ -102,13 +144,27 @@ fn everything(limits: Limits) -> bool {
         let report = timed(&scope.name, limits, |limits, tell| stock::check(&scope, &[], limits, tell));
         good &= expect(&report.verdict, Verdict::Clean);
     }
+    println!("\nOne order's saga");
+    for bounds in saga::bounds() {
+        good &= search_saga(&bounds, limits);
+    }
     println!("\nThe stock protocol without one of its rules");
     for rule in Rule::ALL {
         let report = stock::check(&stock::proof(*rule), &[*rule], limits, |_| {});
         good &= missed(rule.name(), rule.sentence(), &report);
     }
+    println!("\nThe saga with something done wrong");
+    for lapse in Lapse::ALL {
+        let report = saga::check(&saga::proof(*lapse), limits, |_| {});
+        good &= missed(&format!("{lapse:?}"), lapse.sentence(), &report);
+    }
     println!("\n{}", if good { "clean, and every rule is needed" } else { "FAILED" });
     good
+}
+
+fn search_saga(bounds: &Bounds, limits: Limits) -> bool {
+    let report = timed(bounds.name, limits, |limits, tell| saga::check(bounds, limits, tell));
+    expect(&report.verdict, Verdict::Clean)
 }
 
 fn timed(name: &str, limits: Limits, search: impl FnOnce(Limits, &mut dyn FnMut(usize)) -> Report) -> Report {

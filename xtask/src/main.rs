@@ -31,7 +31,7 @@ enum Verb {
     Test(ci::TestArgs),
     /// What has to hold for a change to land: format, clippy, tests, the demo
     Ci,
-    /// Search every interleaving of the stock protocol; `-- --help` for bounds of your own
+    /// Search every interleaving of the stock protocol and of an order's saga; `-- --help` for bounds of your own
     Model(ci::ModelArgs),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use proto::{
     Error, Reason,
+    error::Result,
     internal::{AcquirePermit, DeductItem, LockItem, ReleaseItem, acquire_result, lock_result},
 };
 
@@ -16,26 +17,34 @@ use crate::{
 };
 
 /// What the ledger says to a lock, once stale grants were renewed.
-pub(super) enum Lock {
-    Held { epoch: i64 },
+#[derive(Clone, Debug)]
+pub enum Lock {
+    /// Held now, or before.
+    Held {
+        /// By the grant of this epoch.
+        epoch: i64,
+    },
+    /// Never.
     Refused(Error),
+    /// Nobody knows.
     Unknown(Error),
 }
 
 /// Locks units for granted orders. Locked before is the same answer again.
 pub async fn lock(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
-    lock_rows(&steps.calls, &rows)
-        .await
-        .into_iter()
-        .map(|lock| match lock {
-            Lock::Held { epoch } => Outcome::Done(Patch { grant_epoch: Some(epoch), ..Patch::default() }),
-            Lock::Refused(error) => {
-                let (reject_reason, detail) = (Some(error.reason), Some(error.to_string()));
-                Outcome::Refused(Event::LockRefused, Patch { reject_reason, detail, ..Patch::default() })
-            }
-            Lock::Unknown(error) => Outcome::Unknown(error),
-        })
-        .collect()
+    lock_rows(&steps.calls, &rows).await.into_iter().map(locked).collect()
+}
+
+/// What a lock means for an order that begins.
+pub fn locked(lock: Lock) -> Outcome<Event> {
+    match lock {
+        Lock::Held { epoch } => Outcome::Done(Patch { grant_epoch: Some(epoch), ..Patch::default() }),
+        Lock::Refused(error) => {
+            let (reject_reason, detail) = (Some(error.reason), Some(error.to_string()));
+            Outcome::Refused(Event::LockRefused, Patch { reject_reason, detail, ..Patch::default() })
+        }
+        Lock::Unknown(error) => Outcome::Unknown(error),
+    }
 }
 
 /// Locks; whose grant is older than the fence acquires anew and tries again, and only if that finds nothing is it
@@ -166,11 +175,16 @@ pub async fn release(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
             buyer: row.buyer.to_string(),
         })
         .collect();
-    outcomes(steps.calls.release(items).await, &rows, |_, result| match result {
+    outcomes(steps.calls.release(items).await, &rows, |_, result| released(result))
+}
+
+/// What the answer to a release means.
+pub fn released(result: Result<()>) -> Outcome<Event> {
+    match result {
         Ok(()) => done(),
         // Sold: somebody deducted it meanwhile, and this saga has moved on without us.
         Err(error) => unexpected(error),
-    })
+    }
 }
 
 /// Held becomes sold. Sold before is done; a hold that is gone is not found again here.
@@ -179,9 +193,14 @@ pub async fn deduct(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
         .iter()
         .map(|row| DeductItem { hold_id: row.hold_id.to_string(), sale_id: row.sale_id.to_string() })
         .collect();
-    outcomes(steps.calls.deduct(items).await, &rows, |_, result| match result {
+    outcomes(steps.calls.deduct(items).await, &rows, |_, result| deducted(result))
+}
+
+/// What the answer to a deduction means.
+pub fn deducted(result: Result<()>) -> Outcome<Event> {
+    match result {
         Ok(()) => done(),
         Err(error) if error.reason == Reason::IllegalState => refused(Event::HoldLost, error.to_string()),
         Err(error) => unexpected(error),
-    })
+    }
 }
