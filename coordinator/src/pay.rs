@@ -168,7 +168,7 @@ impl Counter {
 }
 
 /// The attempt, recorded before it is made.
-fn attempt(row: &Row, request: &PayRequest) -> Change<OrderSaga> {
+pub fn attempt(row: &Row, request: &PayRequest) -> Change<OrderSaga> {
     let payment = Payment {
         payment_id: Some(request.payment_id()),
         method: request.method.clone(),

@@ -64,7 +64,7 @@ struct Settler {
 
 /// What an announcement means for its saga.
 #[derive(Debug, PartialEq)]
-enum Meaning {
+pub enum Meaning {
     /// Nothing any more.
     Nothing,
     /// The buyer's own call is at it: look again after this.
@@ -158,8 +158,8 @@ impl Settler {
     }
 }
 
-/// Decides. Pure.
-fn meaning(row: &Row, status: &PaymentStatus, now: i64, grace_ms: i64) -> Meaning {
+/// Decides what an announcement means for its saga. Pure.
+pub fn meaning(row: &Row, status: &PaymentStatus, now: i64, grace_ms: i64) -> Meaning {
     let Some(state) = State::parse(&row.state) else { return Meaning::Later(UNKNOWN) };
     let young = row.update_at.saturating_add(grace_ms) - now;
     match status.state() {

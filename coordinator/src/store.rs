@@ -16,7 +16,7 @@ pub(crate) mod tests;
 pub type SharedStore = Arc<dyn Store>;
 
 /// A saga as it is now.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Row {
     /// Its id; an order saga's is its order's.
     pub saga_id: OrderId,
@@ -71,7 +71,7 @@ pub struct Row {
 }
 
 /// What an event or a step found out, to be recorded with the transition.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Patch {
     /// A new grant's epoch.
     pub grant_epoch: Option<i64>,
@@ -86,7 +86,7 @@ pub struct Patch {
 }
 
 /// An attempt to pay, recorded before it is made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Payment {
     /// The provider's idempotency key; none takes an attempt back that the provider never saw.
     pub payment_id: Option<OrderId>,

@@ -14,7 +14,7 @@
 use proto::{BuyerId, Error, Money, OrderId, Reason, SaleId, error::Result, v1::OrderState};
 
 /// One order as its buyer sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Record {
     /// The key.
     pub order_id: OrderId,

@@ -24,7 +24,7 @@ mod records;
 mod service;
 mod signals;
 pub mod store;
-mod wire;
+pub mod wire;
 
 pub use config::Config;
 

@@ -11,7 +11,7 @@ use proto::{
 use crate::domain::{Record, Transition};
 
 /// A record to be written. `now_ms` is when a rejected one was closed.
-pub(crate) fn record(item: OrderRecord, now_ms: i64) -> Result<Record> {
+pub fn record(item: OrderRecord, now_ms: i64) -> Result<Record> {
     let amount = item.amount.as_ref().ok_or_else(|| Error::invalid("amount", "must be given"))?;
     if item.quantity < 1 {
         return Err(Error::invalid("quantity", "must be at least 1"));
@@ -45,7 +45,7 @@ pub(crate) fn record(item: OrderRecord, now_ms: i64) -> Result<Record> {
 }
 
 /// A move to be followed.
-pub(crate) fn transition(item: TransitionOrder) -> Result<Transition> {
+pub fn transition(item: TransitionOrder) -> Result<Transition> {
     let to = match item.to() {
         OrderState::Unspecified | OrderState::Placed | OrderState::Rejected => {
             return Err(Error::invalid("to", "must be a state that an order moves to"));
@@ -61,7 +61,7 @@ pub(crate) fn transition(item: TransitionOrder) -> Result<Transition> {
 }
 
 /// The order as clients see it.
-pub(crate) fn order(record: &Record) -> v1::Order {
+pub fn order(record: &Record) -> v1::Order {
     v1::Order {
         name: record.order_id.name(),
         sale: record.sale_id.name(),
@@ -79,7 +79,7 @@ pub(crate) fn order(record: &Record) -> v1::Order {
 }
 
 /// One item's result.
-pub(crate) fn item_result(result: Result<()>) -> ItemResult {
+pub fn item_result(result: Result<()>) -> ItemResult {
     ItemResult {
         result: Some(match result {
             Ok(()) => item_result::Result::Done(()),

@@ -119,7 +119,7 @@ pub fn next(state: State, event: &Event) -> Result<(State, Effect)> {
 }
 
 /// One attempt to take an order's money.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Charge {
     /// The key.
     pub payment_id: PaymentId,
@@ -215,7 +215,7 @@ pub enum Step {
 }
 
 /// An order's money: whether it may still be charged, and every charge there was. Held under the order's lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Book {
     /// Whose.
     pub order_id: OrderId,

@@ -35,7 +35,7 @@ mod relay;
 mod resolver;
 mod service;
 pub mod store;
-mod wire;
+pub mod wire;
 
 pub use config::{Config, ProviderKind};
 

@@ -11,7 +11,7 @@ use proto::{
 use crate::domain::{Answer, Charge, NewCharge};
 
 /// A charge to begin, and of which order.
-pub(crate) fn charge(item: ChargeItem) -> Result<(OrderId, NewCharge)> {
+pub fn charge(item: ChargeItem) -> Result<(OrderId, NewCharge)> {
     let amount = item.amount.as_ref().ok_or_else(|| Error::invalid("amount", "must be given"))?;
     let new = NewCharge {
         payment_id: item.payment_id.parse()?,
@@ -23,7 +23,7 @@ pub(crate) fn charge(item: ChargeItem) -> Result<(OrderId, NewCharge)> {
 }
 
 /// One item's result. An order without charges has a state and nothing else.
-pub(crate) fn result(order_id: &str, answer: Result<Answer>) -> PaymentResult {
+pub fn result(order_id: &str, answer: Result<Answer>) -> PaymentResult {
     let result = match answer {
         Ok(Answer { state, charge: Some(charge), .. }) => payment_result::Result::Status(status(&charge, state)),
         Ok(Answer { state, charge: None, .. }) => {
@@ -36,7 +36,7 @@ pub(crate) fn result(order_id: &str, answer: Result<Answer>) -> PaymentResult {
 }
 
 /// The announcement of an outcome: its message id and body.
-pub(crate) fn settled(charge: &Charge) -> (String, Bytes) {
+pub fn settled(charge: &Charge) -> (String, Bytes) {
     let id = format!("{}-{}", charge.payment_id, charge.state.as_str_name());
     let message = PaymentSettled { status: Some(status(charge, charge.state)) };
     (id, Bytes::from(message.encode_to_vec()))

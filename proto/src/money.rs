@@ -9,7 +9,7 @@ use crate::{
 const NANOS_PER_UNIT: i128 = 1_000_000_000;
 
 /// An amount that is not negative, in one currency, in billionths of a unit.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Money {
     currency: String,
     nanos: i128,

@@ -1,7 +1,8 @@
 //! The stock protocol, pure: no I/O, no clock, no randomness. What time it is and what is stored are arguments.
 //!
 //! SQL holds stock ([`ledger`]); permits are the right to ask for it ([`permits`]). A permit can be lost or withheld
-//! without harm and is never invented. A model checker can drive these very modules.
+//! without harm and is never invented. [`rebuild`] and [`reconcile`] say how the one follows the other after a loss.
+//! The crate `model` drives these very modules through every interleaving, and shows that each of [`rules`] is needed.
 //!
 //! One equation ties the two together, and reconciliation rests on it:
 //!
@@ -16,6 +17,9 @@
 
 pub mod ledger;
 pub mod permits;
+pub mod rebuild;
+pub mod reconcile;
+pub mod rules;
 pub mod sale;
 
 /// A hold's id: the order's, or one derived from it.

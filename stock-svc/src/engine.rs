@@ -217,7 +217,10 @@ impl Engine {
         let locks: Vec<_> = items
             .iter()
             .map(|(sale, operation)| match operation {
-                Operation::Lock(lock) => Some((sale.clone(), lock.grant_epoch, lock.hold)),
+                // Who comes to be refused was not admitted.
+                Operation::Lock(lock) if lock.refusal == Reason::Unspecified => {
+                    Some((sale.clone(), lock.grant_epoch, lock.hold))
+                }
                 _ => None,
             })
             .collect();

@@ -278,6 +278,7 @@ fn lock(item: &LockItem) -> Result<(SaleId, Operation)> {
         quantity: quantity(item.quantity)?,
         grant_epoch: item.grant_epoch,
         expire_at: item.expire_at_ms,
+        refusal: item.refusal(),
     };
     Ok((SaleId::parse("sale_id", &item.sale_id)?, Operation::Lock(lock)))
 }
@@ -357,6 +358,8 @@ fn refusal(reason: Reason) -> &'static str {
         Reason::SoldOut => "sold out",
         Reason::AllHeld => "all units are held",
         Reason::PurchaseLimitReached => "the buyer is at its limit",
+        Reason::SaleEnded => "the sale has ended",
+        Reason::SalePaused => "the sale is paused",
         _ => "the permit has lapsed",
     }
 }

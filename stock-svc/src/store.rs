@@ -9,10 +9,12 @@ use proto::{BuyerId, OrderId, RequestId, SaleId, error::Result};
 
 use crate::domain::{
     HoldId,
-    ledger::{Ledger, Lock, Locked, Snapshot, Swept},
-    permits::{Facts, Held, Pending, Refund},
+    ledger::{Ledger, Lock, Locked, Swept},
+    permits::{Facts, Pending, Refund},
     sale::{NewSale, Sale, Verb},
 };
+
+pub use crate::domain::rebuild::Fenced;
 
 pub mod sql;
 
@@ -93,17 +95,6 @@ pub struct Outgoing {
     pub create_at: i64,
 }
 
-/// What step 4 of a rebuild sees, all at one moment.
-#[derive(Clone, Debug)]
-pub struct Fenced {
-    /// A and the newest release.
-    pub snapshot: Snapshot,
-    /// The sale at that moment.
-    pub facts: Facts,
-    /// Every hold that is locked or sold, oldest first.
-    pub held: Vec<Held>,
-}
-
 /// A sale's ledger, and then its outbox.
 #[derive(Clone, Debug)]
 pub struct Standing {
@@ -146,6 +137,9 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Step 4 of a rebuild; none when the fence is further already.
     async fn fence(&self, sale: &SaleId, epoch: i64) -> Result<Option<Fenced>>;
+
+    /// Whether this hold has a row, whatever its state.
+    async fn has_hold(&self, hold: HoldId) -> Result<bool>;
 
     /// Runs `work` with the sale's row locked, so that nothing of the ledger changes meanwhile.
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()>;

@@ -1,4 +1,4 @@
-//! `cargo xtask test` and `cargo xtask ci`: what must pass, in one order, with its times.
+//! `cargo xtask test`, `ci` and `model`: what must pass, in one order, with its times.
 
 use std::{
     collections::BTreeSet,
@@ -48,6 +48,20 @@ pub fn test(args: &TestArgs, interrupt: &Interrupt) -> Result<ExitCode> {
         Some(servers)
     };
     Ok(process::exit_code(process::run(&mut tests, interrupt)?))
+}
+
+#[derive(clap::Args)]
+pub struct ModelArgs {
+    /// Passed to the checker
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+/// The checks by themselves, with what they find. The tests run the same ones.
+pub fn model(args: &ModelArgs, interrupt: &Interrupt) -> Result<ExitCode> {
+    let mut model = cargo(&["run", "--quiet", "--locked", "--package", "model", "--"]);
+    model.args(&args.args);
+    Ok(process::exit_code(process::run(&mut model, interrupt)?))
 }
 
 /// Everything that must pass for a change to land. The first failure ends it with its exit code.

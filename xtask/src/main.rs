@@ -31,6 +31,8 @@ enum Verb {
     Test(ci::TestArgs),
     /// What has to hold for a change to land: format, clippy, tests, the demo
     Ci,
+    /// Search every interleaving of the stock protocol and of an order's saga; `-- --help` for bounds of your own
+    Model(ci::ModelArgs),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),
     /// Run only the servers until Ctrl-C, and print what to export to use them
@@ -61,6 +63,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
     match cli.verb {
         Verb::Test(args) => ci::test(&args, &interrupt),
         Verb::Ci => ci::ci(&interrupt),
+        Verb::Model(args) => ci::model(&args, &interrupt),
         Verb::Up(args) => up::up(&args, &interrupt),
         Verb::Servers(args) => up::servers(&args, &interrupt),
     }

@@ -48,7 +48,7 @@ pub struct Change<S: Saga> {
 }
 
 /// What must still be so for a change to count, beyond being legal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Guard {
     /// Nothing.
     None,
@@ -61,7 +61,8 @@ pub enum Guard {
 }
 
 impl Guard {
-    fn holds(self, row: &Row) -> bool {
+    /// Whether it is still so.
+    pub fn holds(self, row: &Row) -> bool {
         match self {
             Guard::None => true,
             Guard::Version(version) => row.version == version,
@@ -352,8 +353,9 @@ impl<S: Saga> Engine<S> {
     }
 }
 
-/// The row after an event, and the log's entry; `None` when the event is not legal.
-fn taken<S: Saga>(row: &Row, event: S::Event, patch: &Patch, now: i64, lease: Duration) -> Option<(Row, Entry)> {
+/// The row after an event, and the log's entry; `None` when the event is not legal. Pure: every transition of every
+/// saga is this function's.
+pub fn taken<S: Saga>(row: &Row, event: S::Event, patch: &Patch, now: i64, lease: Duration) -> Option<(Row, Entry)> {
     let from = S::State::parse(&row.state)?;
     let to = S::next(from, event).ok()?;
     let mut next = row.clone();

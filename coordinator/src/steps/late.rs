@@ -5,32 +5,20 @@ use std::sync::Arc;
 use super::{Steps, done, refused, stock};
 use crate::{
     domain::refund_of,
-    engine::{Named, plan::Outcome},
+    engine::{Named, Saga, plan::Outcome},
     order_saga::Event,
-    refund_saga,
+    refund_saga::{self, RefundSaga},
     store::{Patch, Row},
 };
 
 /// Takes a permit for the late hold, whose id the saga recorded on its way here, and locks it. Locked before is the
-/// same answer again.
+/// same answer again; refused once is refused for ever, whoever asks.
 pub async fn reacquire(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
-    let granted = stock::acquire_rows(&steps.calls, rows.iter()).await;
-    let mut outcomes: Vec<Option<Outcome<Event>>> = Vec::with_capacity(rows.len());
-    let mut holds = Vec::new();
-    for (row, grant) in rows.iter().zip(granted) {
-        outcomes.push(match grant {
-            stock::Lock::Held { epoch } => {
-                holds.push(Row { grant_epoch: epoch, ..row.clone() });
-                None
-            }
-            other => Some(read(other)),
-        });
-    }
-    let mut locked = stock::lock_rows(&steps.calls, &holds).await.into_iter().map(read);
-    outcomes.into_iter().map(|o| o.or_else(|| locked.next()).unwrap_or(Outcome::InProgress)).collect()
+    stock::acquire_and_lock(&steps.calls, &rows).await.into_iter().map(reacquired).collect()
 }
 
-fn read(lock: stock::Lock) -> Outcome<Event> {
+/// What a lock means for money that came late.
+pub fn reacquired(lock: stock::Lock) -> Outcome<Event> {
     match lock {
         stock::Lock::Held { epoch } => Outcome::Done(Patch { grant_epoch: Some(epoch), ..Patch::default() }),
         stock::Lock::Refused(error) => refused(Event::NoUnit, error.to_string()),
@@ -46,6 +34,17 @@ pub async fn refund(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
     }
 }
 
+/// An order's refund before its first transition.
+pub fn wanted(order: &Row) -> Row {
+    Row {
+        saga_id: refund_of(order.order_id),
+        kind: RefundSaga::KIND.to_owned(),
+        state: refund_saga::State::Wanted.name().to_owned(),
+        version: 0,
+        ..order.clone()
+    }
+}
+
 /// Whether each order's refund is over.
 async fn refund_states(steps: &Steps, rows: &[Row]) -> proto::error::Result<Vec<bool>> {
     let ids: Vec<_> = rows.iter().map(|row| refund_of(row.order_id)).collect();
@@ -53,16 +52,7 @@ async fn refund_states(steps: &Steps, rows: &[Row]) -> proto::error::Result<Vec<
     let known = store.load(&ids).await?;
     let missing = rows.iter().zip(&ids).filter(|(_, id)| !known.contains_key(id));
     let fresh = missing
-        .filter_map(|(row, id)| {
-            let wanted = Row {
-                saga_id: *id,
-                kind: <refund_saga::RefundSaga as crate::engine::Saga>::KIND.to_owned(),
-                state: refund_saga::State::Wanted.name().to_owned(),
-                version: 0,
-                ..row.clone()
-            };
-            steps.refunds.take(&wanted, refund_saga::Event::Requested, &Patch::default())
-        })
+        .filter_map(|(row, _)| steps.refunds.take(&wanted(row), refund_saga::Event::Requested, &Patch::default()))
         .collect();
     store.insert(fresh).await?;
     let refunds: Vec<Row> = store.load(&ids).await?.into_values().collect();

@@ -86,7 +86,8 @@ pub fn charged(row: &Row, now: i64, result: Result<PaymentStatus>) -> Outcome<Ev
     }
 }
 
-fn read_charge(row: &Row, now: i64, status: &PaymentStatus) -> Outcome<Event> {
+/// What a payment's status means for an order that is paying.
+pub fn read_charge(row: &Row, now: i64, status: &PaymentStatus) -> Outcome<Event> {
     match status.state() {
         PaymentState::Captured => done(),
         PaymentState::Declined | PaymentState::Cancelled => {
@@ -122,7 +123,14 @@ pub async fn void(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
         return rows.iter().map(|_| done()).collect();
     }
     let orders: Vec<OrderId> = tried.iter().map(|row| row.order_id).collect();
-    let voided = outcomes(steps.calls.void(&orders).await, &tried, |_, result| match result {
+    let voided = outcomes(steps.calls.void(&orders).await, &tried, |_, result| voided(result));
+    let mut voided: HashMap<OrderId, Outcome<Event>> = tried.iter().map(|row| row.saga_id).zip(voided).collect();
+    rows.iter().map(|row| voided.remove(&row.saga_id).unwrap_or_else(done)).collect()
+}
+
+/// What the answer to a void means for an order that is given back.
+pub fn voided(result: Result<PaymentStatus>) -> Outcome<Event> {
+    match result {
         Ok(status) => match status.state() {
             PaymentState::Cancelled | PaymentState::Declined => done(),
             PaymentState::Captured => refused(Event::Captured, "captured before it could be voided"),
@@ -131,7 +139,5 @@ pub async fn void(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
             PaymentState::RefundPending | PaymentState::Refunded => done(),
         },
         Err(error) => unexpected(error),
-    });
-    let mut voided: HashMap<OrderId, Outcome<Event>> = tried.iter().map(|row| row.saga_id).zip(voided).collect();
-    rows.iter().map(|row| voided.remove(&row.saga_id).unwrap_or_else(done)).collect()
+    }
 }

@@ -253,12 +253,32 @@ impl State {
         match self.holds.get_mut(&item.hold_id).map(|hold| (hold.state, hold)) {
             Some((HoldState::Locked | HoldState::Sold, _)) => Locked(()),
             Some((HoldState::Released, _)) => Refused(refusal(Reason::PermitLapsed)),
+            _ if item.refusal() != Reason::Unspecified => {
+                self.bury(item);
+                Refused(refusal(item.refusal()))
+            }
             _ if item.grant_epoch < epoch => StaleEpoch(()),
             Some((HoldState::Granted, hold)) => {
                 hold.state = HoldState::Locked;
                 Locked(())
             }
             None => Refused(refusal(Reason::SoldOut)),
+        }
+    }
+
+    /// What is refused is never held later.
+    fn bury(&mut self, item: &LockItem) {
+        let buried = Hold {
+            sale: item.sale_id.clone(),
+            buyer: item.buyer.clone(),
+            quantity: item.quantity,
+            state: HoldState::Released,
+            epoch: item.grant_epoch,
+            granted_at: 0,
+        };
+        let before = self.holds.insert(item.hold_id.clone(), buried);
+        if let Some(granted) = before.filter(|hold| hold.state == HoldState::Granted) {
+            self.sales.get_mut(&granted.sale).unwrap().free += granted.quantity;
         }
     }
 

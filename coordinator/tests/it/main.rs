@@ -224,6 +224,33 @@ async fn a_stale_grant_is_renewed_and_only_rejected_when_nothing_is_left() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_was_told_no_stays_rejected_though_a_unit_comes_back_before_it_is_written() {
+    let mut world = World::stopped(config()).await;
+    world.sale(1, 1, 60_000);
+    world.start().await;
+    world.fakes.state().down.insert("lock");
+    let request = RequestId::random();
+    world.accept("alice", 1, &request).await.unwrap();
+    let id = order_id("alice", &request);
+    // A rebuild forgets her grant, and somebody else is quicker.
+    {
+        let mut state = world.fakes.state();
+        state.holds.clear();
+        let sale = state.sales.get_mut(SALE).unwrap();
+        (sale.free, sale.epoch) = (0, 2);
+    }
+    // Dead between the record and the saga.
+    world.fakes.gate.arm("create", When::After);
+    world.fakes.state().down.clear();
+    assert!(world.fakes.gate.reached().await);
+    assert_eq!(world.record(id), Some(OrderState::Rejected));
+    world.fakes.state().sales.get_mut(SALE).unwrap().free = 1;
+    world.restart().await;
+    world.until(id, "REJECTED").await;
+    assert_eq!(world.units(), (1, 0, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn e20_a_poison_message_becomes_a_dead_letter_and_blocks_nobody() {
     let world = World::new().await;
     let before = world.hold("alice").await;

@@ -4,13 +4,17 @@
 //! one after the other, so that an item sees what the items before it did; [`Book::close`] hands out what to write, in
 //! one transaction. Nothing else changes a ledger.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    marker::PhantomData,
+};
 
 use proto::{BuyerId, Error, OrderId, Reason, SaleId, error::Result};
 
 use super::{
     HoldId, MAX_STOCK,
     permits::{Grant, Pending, Refund, Release, Return},
+    rules::{Enforced, Rule, Rules},
 };
 
 /// The stock of one sale. I1: `available + held + sold = total`, none negative.
@@ -71,7 +75,7 @@ pub enum HoldState {
 }
 
 /// A wish to hold.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lock {
     /// Which hold.
     pub hold: HoldId,
@@ -85,10 +89,13 @@ pub struct Lock {
     pub grant_epoch: i64,
     /// When payment is due, Unix milliseconds.
     pub expire_at: i64,
+    /// Why its order, whose grant was stale, was not granted another: it is refused for that, unless it holds already.
+    /// Unspecified for a wish that has its grant.
+    pub refusal: Reason,
 }
 
 /// What a wish to hold came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Locked {
     /// Held now, or before.
     Yes,
@@ -99,7 +106,7 @@ pub enum Locked {
 }
 
 /// What the sweep found a grant to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Swept {
     /// It became this hold; only the mark was missing.
     Persisted,
@@ -110,7 +117,7 @@ pub enum Swept {
 }
 
 /// A rebuild's view: A and the newest release, at the moment the fence moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Snapshot {
     /// A.
     pub available: i64,
@@ -131,7 +138,7 @@ pub struct Changes {
 
 /// One sale's ledger, opened for a batch.
 #[derive(Clone, Debug)]
-pub struct Book {
+pub struct Book<R = Enforced> {
     sale: SaleId,
     limit: i64,
     ledger: Ledger,
@@ -141,6 +148,7 @@ pub struct Book {
     inserted: BTreeSet<HoldId>,
     moved: BTreeSet<HoldId>,
     outbox: Vec<Refund>,
+    rules: PhantomData<R>,
 }
 
 impl Ledger {
@@ -161,9 +169,11 @@ impl Ledger {
         epoch
     }
 
-    /// Step 4 of a rebuild: moves the fence, only forward, and says what there is. None when it is further already.
+    /// Step 4 of a rebuild: moves the fence, only forward, and says what there is. None when it is further already, or
+    /// when there is a newer rebuild: that one may have claimed, and its claim may be lost; were this one to open now,
+    /// the newer fence would cut off orders that were accepted meanwhile.
     pub fn move_fence(&mut self, epoch: i64) -> Option<Snapshot> {
-        if epoch <= self.epoch {
+        if epoch <= self.epoch || epoch + 1 < self.next_epoch {
             return None;
         }
         self.epoch = epoch;
@@ -172,7 +182,7 @@ impl Ledger {
     }
 }
 
-impl Book {
+impl<R: Rules> Book<R> {
     /// Opens a sale's ledger with the holds that exist among the batch's, and what the batch's buyers have.
     pub fn open(
         sale: SaleId,
@@ -190,6 +200,7 @@ impl Book {
             inserted: BTreeSet::new(),
             moved: BTreeSet::new(),
             outbox: Vec::new(),
+            rules: PhantomData,
         }
     }
 
@@ -218,9 +229,10 @@ impl Book {
 
     /// Sets units aside for one order.
     pub fn lock(&mut self, wish: &Lock) -> Locked {
-        if let Some(hold) = self.holds.get(&wish.hold) {
+        if let Some(hold) = self.holds.get(&wish.hold).filter(|hold| Self::settles(hold)) {
             let ours = hold.sale == self.sale;
-            if !(ours && hold.grant_epoch == wish.grant_epoch) && wish.grant_epoch == self.ledger.epoch {
+            let has_another = !(ours && hold.grant_epoch == wish.grant_epoch) && R::holds(Rule::SurplusGoesBack);
+            if has_another && wish.grant_epoch == self.ledger.epoch {
                 // One grant too many for an order whose fate is settled.
                 self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
             }
@@ -230,14 +242,17 @@ impl Book {
                 _ => Locked::Refused(Reason::PermitLapsed),
             };
         }
-        if wish.grant_epoch != self.ledger.epoch {
+        if wish.refusal != Reason::Unspecified {
+            return self.refuse(wish, wish.refusal);
+        }
+        if wish.grant_epoch != self.ledger.epoch && R::holds(Rule::Fence) {
             return Locked::Stale;
         }
         let bought = self.bought.get(&wish.buyer).copied().unwrap_or(0);
-        if bought + wish.quantity > self.limit {
+        if bought + wish.quantity > self.limit && R::holds(Rule::LimitOfLedger) {
             return self.refuse(wish, Reason::PurchaseLimitReached);
         }
-        if self.ledger.available < wish.quantity {
+        if self.ledger.available < wish.quantity && R::holds(Rule::StockOfLedger) {
             let gone = wish.quantity > self.ledger.total - self.ledger.sold;
             return self.refuse(wish, if gone { Reason::SoldOut } else { Reason::AllHeld });
         }
@@ -262,16 +277,33 @@ impl Book {
         Locked::Yes
     }
 
+    /// Whether this row decides what becomes of a lock.
+    fn settles(hold: &Hold) -> bool {
+        match hold.state {
+            HoldState::Tombstone => R::holds(Rule::TombstoneRefusesLock),
+            HoldState::Locked | HoldState::Sold | HoldState::Released => R::holds(Rule::OneHoldPerOrder),
+        }
+    }
+
     /// A refusal is remembered: what was refused once is never held later, when its order has been told so.
     fn refuse(&mut self, wish: &Lock, reason: Reason) -> Locked {
+        if !R::holds(Rule::RefusalIsBuried) {
+            return Locked::Refused(reason);
+        }
         self.bury(wish.hold, wish.order, &wish.buyer, wish.quantity, reason);
-        self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
+        // A stale grant went with its epoch.
+        if wish.grant_epoch == self.ledger.epoch {
+            self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
+        }
         Locked::Refused(reason)
     }
 
     /// Puts units back on sale. What never held leaves a tombstone and changes no counter (E4, E5).
     pub fn release(&mut self, id: HoldId, order: OrderId, buyer: &BuyerId) -> Result<()> {
         let Some(hold) = self.holds.get_mut(&id) else {
+            if !R::holds(Rule::ReleaseBuries) {
+                return Ok(());
+            }
             self.bury(id, order, buyer, 0, Reason::PermitLapsed);
             // A grant may be on its way to a lock that will now fail.
             self.outbox.push(Refund::Return(Return { hold: id, epoch: self.ledger.epoch }));
@@ -280,8 +312,9 @@ impl Book {
         match hold.state {
             _ if hold.sale != self.sale => Err(Error::illegal_state("UNKNOWN", "the hold is of another sale")),
             HoldState::Sold => Err(Error::illegal_state("SOLD", "a sold hold cannot be released")),
-            HoldState::Released | HoldState::Tombstone => Ok(()),
-            HoldState::Locked => {
+            HoldState::Released if R::holds(Rule::ReleaseOnce) => Ok(()),
+            HoldState::Tombstone => Ok(()),
+            HoldState::Locked | HoldState::Released => {
                 self.ledger.held -= hold.quantity;
                 self.ledger.available += hold.quantity;
                 self.ledger.release_seq += 1;
@@ -325,7 +358,9 @@ impl Book {
         let Grant { epoch, quantity, buyer, .. } = &pending.grant;
         let swept = match self.holds.get(&pending.hold) {
             Some(hold) if hold.sale == self.sale && hold.grant_epoch == *epoch => return Swept::Persisted,
+            Some(_) if !R::holds(Rule::SurplusGoesBack) => return Swept::Surplus,
             Some(_) => Swept::Surplus,
+            None if !R::holds(Rule::SweepBuries) => Swept::Orphan,
             None => {
                 // The order's id is the hold's, or is not known any more; nothing reads it of a tombstone.
                 self.bury(pending.hold, pending.hold, buyer, *quantity, Reason::PermitLapsed);
@@ -382,5 +417,21 @@ impl Book {
         if !self.inserted.contains(&id) {
             self.moved.insert(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e15_only_the_newest_rebuild_moves_the_fence_and_only_once() {
+        let mut ledger = Ledger::new(3);
+        let (older, newer) = (ledger.allocate_epoch(0), ledger.allocate_epoch(0));
+        assert_eq!(ledger.move_fence(older), None, "a newer one may have claimed");
+        let snapshot = Snapshot { available: 3, release_seq: 0 };
+        assert_eq!(ledger.move_fence(newer), Some(snapshot));
+        assert_eq!(ledger.move_fence(newer), None);
+        assert_eq!(ledger.epoch, newer);
     }
 }

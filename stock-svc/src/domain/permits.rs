@@ -4,15 +4,22 @@
 //! Every other operation on an empty or rebuilding slot says so and changes nothing (fail closed). The Redis scripts
 //! mirror these functions line by line; a randomized test holds the two together.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    marker::PhantomData,
+};
 
 use proto::BuyerId;
 
-use super::{HoldId, sale::Verb};
+use super::{
+    HoldId,
+    rules::{Enforced, Rule, Rules},
+    sale::Verb,
+};
 
 /// One sale's permits, or nothing when they are lost.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Permits(Option<State>);
+pub struct Permits<R = Enforced>(Option<State>, PhantomData<R>);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
@@ -103,7 +110,7 @@ struct Bought {
 }
 
 /// A wish for permits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Acquire {
     /// For which hold.
     pub hold: HoldId,
@@ -114,7 +121,7 @@ pub struct Acquire {
 }
 
 /// What a wish came to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Acquired {
     /// Lost or rebuilding: nobody knows (I8).
     Unavailable,
@@ -176,7 +183,7 @@ pub enum Refund {
 }
 
 /// What a refund came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refunded {
     /// The units are free again.
     Applied,
@@ -187,7 +194,7 @@ pub enum Refunded {
 }
 
 /// What a claim came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Claimed {
     /// Admission is closed and waits for this epoch's opening.
     Yes,
@@ -196,7 +203,7 @@ pub enum Claimed {
 }
 
 /// A hold of the ledger's snapshot, put back among the grants by a rebuild.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Held {
     /// Which.
     pub hold: HoldId,
@@ -205,7 +212,7 @@ pub struct Held {
 }
 
 /// How a rebuild opens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Opening {
     /// The claimed epoch.
     pub epoch: i64,
@@ -218,12 +225,14 @@ pub struct Opening {
 }
 
 /// A correction upwards, decided on an empty outbox.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Raise {
     /// Only if still this epoch …
     pub epoch: i64,
-    /// … and nothing was corrected since.
+    /// … and nothing was corrected since …
     pub version: i64,
+    /// … nor any release counted.
+    pub offered: i64,
     /// Units that are not offered and should be.
     pub missing: i64,
     /// Releases up to here were counted in: a late duplicate of one of them must not count again.
@@ -231,7 +240,7 @@ pub struct Raise {
 }
 
 /// What a withdrawal came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Withdrawn {
     /// So many fewer are free.
     Done,
@@ -242,7 +251,7 @@ pub enum Withdrawn {
 }
 
 /// Grants that may never have become holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pending {
     /// Which.
     pub hold: HoldId,
@@ -263,6 +272,19 @@ impl Header {
 }
 
 impl Facts {
+    /// Why nothing is granted now, if that is so.
+    fn outside(&self, now: i64) -> Option<Acquired> {
+        if self.verb == Verb::Closed || now >= self.end_at {
+            Some(Acquired::Ended)
+        } else if now < self.start_at {
+            Some(Acquired::NotStarted)
+        } else if self.verb == Verb::Paused {
+            Some(Acquired::Paused)
+        } else {
+            None
+        }
+    }
+
     /// Takes over what is newer.
     fn update(&mut self, new: &Facts) {
         let sold = self.sold.max(new.sold);
@@ -273,7 +295,7 @@ impl Facts {
     }
 }
 
-impl Permits {
+impl<R: Rules> Permits<R> {
     /// Forgets everything, as a lost server does.
     pub fn wipe(&mut self) {
         self.0 = None;
@@ -288,37 +310,41 @@ impl Permits {
         self.0.as_mut().filter(|state| state.header.phase == Phase::Open)
     }
 
+    /// The slot where it admits buyers.
+    fn admitting(&mut self) -> Option<&mut State> {
+        self.0.as_mut().filter(|state| state.header.phase == Phase::Open || !R::holds(Rule::FailClosed))
+    }
+
     /// Takes permits for one hold. The order of the checks is the protocol's.
     pub fn acquire(&mut self, wish: &Acquire, now: i64) -> Acquired {
-        let Some(state) = self.open_state() else { return Acquired::Unavailable };
+        let Some(state) = self.admitting() else { return Acquired::Unavailable };
         // Before any stock check, or the retry of the last unit's winner would be told "sold out" (E2).
-        if let Some(grant) = state.grants.get(&wish.hold) {
+        if R::holds(Rule::SameAnswerAgain)
+            && let Some(grant) = state.grants.get(&wish.hold)
+        {
             let same = grant.quantity == wish.quantity && grant.buyer == wish.buyer;
             return if same { Acquired::Again(grant.clone()) } else { Acquired::Reused };
         }
-        if state.done.contains_key(&wish.hold) {
+        if R::holds(Rule::ReturnedStaysReturned) && state.done.contains_key(&wish.hold) {
             return Acquired::Released;
         }
         let header = &mut state.header;
-        if header.facts.verb == Verb::Closed || now >= header.facts.end_at {
-            return Acquired::Ended;
-        }
-        if now < header.facts.start_at {
-            return Acquired::NotStarted;
-        }
-        if header.facts.verb == Verb::Paused {
-            return Acquired::Paused;
+        if R::holds(Rule::Window)
+            && let Some(outside) = header.facts.outside(now)
+        {
+            return outside;
         }
         let bought = state.buyers.get(&wish.buyer);
         let units = bought.map_or(0, |b| b.units);
-        if units >= header.facts.limit {
+        if R::holds(Rule::LimitOfPermits) && units >= header.facts.limit {
             return Acquired::AtLimit(bought.and_then(|b| b.last));
         }
-        if units + wish.quantity > header.facts.limit {
+        if R::holds(Rule::LimitOfPermits) && units + wish.quantity > header.facts.limit {
             return Acquired::OverLimit;
         }
         if header.free < wish.quantity {
-            return if header.is_gone(wish.quantity) { Acquired::SoldOut } else { Acquired::AllHeld };
+            let is_final = header.is_gone(wish.quantity) || !R::holds(Rule::SoldOutIsFinal);
+            return if is_final { Acquired::SoldOut } else { Acquired::AllHeld };
         }
         header.free -= wish.quantity;
         header.granted += wish.quantity;
@@ -340,13 +366,19 @@ impl Permits {
     /// A persisted hold went back to A: counted if it is newer than the snapshot and was not counted before.
     pub fn refund_release(&mut self, release: &Release) -> Refunded {
         let Some(state) = self.open_state() else { return Refunded::Deferred };
-        let counted_before = state.done.get(&release.hold) == Some(&Done::Released);
+        let counted_before = match state.done.get(&release.hold) {
+            Some(Done::Released) => R::holds(Rule::ReleaseCountedOnce),
+            Some(Done::Returned) => !R::holds(Rule::TwoKeys),
+            None => false,
+        };
         // Only the grant that the hold consumed: one of another epoch is refunded as the permit it is.
-        if state.grants.get(&release.hold).is_some_and(|g| g.epoch == release.grant_epoch) {
+        let consumed = |grant: &Grant| grant.epoch == release.grant_epoch || !R::holds(Rule::ReleaseUnlistsItsOwn);
+        if state.grants.get(&release.hold).is_some_and(consumed) {
             state.unlist(release.hold);
         }
         state.done.insert(release.hold, Done::Released);
-        if counted_before || release.seq <= state.header.snapshot_seq {
+        let in_snapshot = release.seq <= state.header.snapshot_seq && R::holds(Rule::ReleaseAfterSnapshot);
+        if counted_before || in_snapshot {
             return Refunded::Ignored;
         }
         state.header.free += release.quantity;
@@ -376,7 +408,8 @@ impl Permits {
 
     /// Closes admission for a rebuild, if the epoch is newer than what is there. What was there is forgotten.
     pub fn claim(&mut self, epoch: i64, facts: &Facts, server: &str) -> Claimed {
-        if let Some(there) = self.header()
+        if R::holds(Rule::ClaimOnlyNewer)
+            && let Some(there) = self.header()
             && there.epoch >= epoch
         {
             return Claimed::No(there.epoch);
@@ -419,7 +452,8 @@ impl Permits {
 
     /// Opens admission with the snapshot's stock, only if the claim still stands.
     pub fn open(&mut self, opening: &Opening) -> bool {
-        let Some(state) = self.claimed(opening.epoch) else { return false };
+        let claimed = if R::holds(Rule::OpenOnlyClaimed) { self.claimed(opening.epoch) } else { self.0.as_mut() };
+        let Some(state) = claimed else { return false };
         state.header.phase = Phase::Open;
         state.header.free = opening.available;
         state.header.snapshot_seq = opening.snapshot_seq;
@@ -440,15 +474,18 @@ impl Permits {
         Some(taken)
     }
 
-    /// Offers what is missing, only if nothing was corrected since it was decided.
+    /// Offers what is missing, only if nothing was corrected or released since it was decided.
     pub fn raise(&mut self, raise: &Raise) -> bool {
         let Some(state) = self.open_state() else { return false };
         let header = &mut state.header;
-        if (header.epoch, header.version) != (raise.epoch, raise.version) {
+        let seen = (raise.epoch, raise.version, raise.offered);
+        if R::holds(Rule::RaiseIfUnchanged) && (header.epoch, header.version, header.offered()) != seen {
             return false;
         }
         header.free += raise.missing;
-        header.snapshot_seq = header.snapshot_seq.max(raise.release_seq);
+        if R::holds(Rule::RaisePastReleases) {
+            header.snapshot_seq = header.snapshot_seq.max(raise.release_seq);
+        }
         header.version += 1;
         true
     }

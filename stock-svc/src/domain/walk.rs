@@ -4,15 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use proto::{BuyerId, OrderId, RequestId, SaleId};
+use proto::{BuyerId, OrderId, Reason, RequestId, SaleId};
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 
 use super::{
     HoldId,
     ledger::{Book, Changes, Hold, HoldState, Ledger, Lock, Locked, Snapshot},
-    permits::{
-        Acquire, Acquired, Claimed, Facts, Grant, Held, Opening, Permits, Phase, Raise, Refund, Refunded, Withdrawn,
-    },
+    permits::{Acquire, Acquired, Claimed, Facts, Grant, Held, Opening, Permits, Phase, Refund, Refunded, Withdrawn},
+    reconcile::shortage,
     sale::Verb,
 };
 
@@ -124,18 +123,31 @@ impl World {
     fn lock(&mut self, hold: HoldId) {
         let Some(grant) = self.granted.get(&hold).cloned() else { return };
         let Grant { epoch: grant_epoch, quantity, buyer, .. } = grant;
-        let wish = Lock { hold, order: hold, buyer, quantity, grant_epoch, expire_at: 0 };
+        let wish = Lock { hold, order: hold, buyer, quantity, grant_epoch, expire_at: 0, refusal: Reason::Unspecified };
+        let was_decided = self.holds.contains_key(&hold);
         match self.transact(|book| book.lock(&wish)) {
             Locked::Refused(reason) => {
                 let fated = matches!(self.holds[&hold].state, HoldState::Released | HoldState::Tombstone);
                 let buried_now = self.holds[&hold].refusal == reason;
-                assert!(fated && buried_now || reason == proto::Reason::PermitLapsed, "{reason:?}");
-                let admitted = matches!(reason, proto::Reason::AllHeld | proto::Reason::SoldOut);
-                assert!(!admitted, "admitted, and refused by the ledger");
+                assert!(fated && buried_now || reason == Reason::PermitLapsed, "{reason:?}");
+                let admitted = matches!(reason, Reason::AllHeld | Reason::SoldOut);
+                assert!(was_decided || !admitted, "admitted, and refused by the ledger");
             }
             Locked::Yes => self.permits.persisted(grant_epoch, &[hold]),
-            // Its order acquires anew and tries again.
-            Locked::Stale => drop(self.granted.remove(&hold)),
+            Locked::Stale => self.renew(&wish),
+        }
+    }
+
+    /// An order whose grant is stale acquires anew and tries again; what the permits refuse the ledger refuses for good.
+    fn renew(&mut self, stale: &Lock) {
+        self.acquire(stale.hold, &stale.buyer, stale.quantity);
+        let renewed = self.granted.get(&stale.hold).is_some_and(|grant| grant.epoch == self.ledger.epoch);
+        let knows = self.permits.header().is_some_and(|header| header.phase == Phase::Open);
+        if !renewed && knows {
+            self.granted.remove(&stale.hold);
+            let wish = Lock { refusal: Reason::AllHeld, ..stale.clone() };
+            assert_eq!(self.transact(|book| book.lock(&wish)), Locked::Refused(Reason::AllHeld));
+            assert_eq!(self.holds[&stale.hold].state, HoldState::Tombstone);
         }
     }
 
@@ -157,12 +169,7 @@ impl World {
     fn reconcile(&mut self) {
         let Some(header) = self.permits.header().filter(|h| h.phase == Phase::Open).cloned() else { return };
         if header.epoch == self.ledger.epoch && self.outbox.is_empty() && header.offered() < self.ledger.offerable() {
-            assert!(self.permits.raise(&Raise {
-                epoch: header.epoch,
-                version: header.version,
-                missing: self.ledger.offerable() - header.offered(),
-                release_seq: self.ledger.release_seq,
-            }));
+            assert!(self.permits.raise(&shortage(&self.ledger, true, &header).unwrap()));
         }
     }
 

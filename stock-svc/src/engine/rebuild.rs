@@ -1,12 +1,4 @@
-//! Rebuilding a sale's permits from the ledger, in five steps whose order matters:
-//!
-//! 1. SQL: allocate an epoch. The fence stays where it is.
-//! 2. Permits: claim it. Admission is closed from here.
-//! 3. Let the funnel pass the stream's end, so that every accepted order has its unit before stock is offered anew.
-//! 4. SQL, one transaction: move the fence, read the snapshot.
-//! 5. Permits: open with the snapshot, only if the claim still stands.
-//!
-//! Whoever loses its claim to a newer epoch stops; two rebuilders at once end in one opening (E15).
+//! Rebuilding a sale's permits from the ledger: the steps of [`crate::domain::rebuild`], done.
 
 use std::{
     collections::HashMap,
@@ -14,14 +6,19 @@ use std::{
     time::Duration,
 };
 
-use proto::{SaleId, error::Result, subjects};
+use mesh::bus::Message;
+use prost::Message as _;
+use proto::{SaleId, error::Result, internal::OrderPlaced, subjects};
 use tokio::{
     sync::{Semaphore, watch},
     time::Instant,
 };
 
 use super::Engine;
-use crate::domain::permits::{Claimed, Opening, Phase};
+use crate::domain::{
+    permits::{Claimed, Phase},
+    rebuild::{Fenced, Rebuild, Todo, blocks},
+};
 
 /// Rebuilds that work on the database at once; the connections are for buyers.
 const AT_ONCE: usize = 4;
@@ -32,6 +29,9 @@ const LOAD: usize = 2000;
 /// How often the funnel is asked where it is.
 const POLL: Duration = Duration::from_millis(20);
 const CLAIM_CHECK: Duration = Duration::from_secs(1);
+
+/// A funnel that has not passed by then may be held up by orders that are stale: they are looked at.
+const LOOK_AFTER: Duration = Duration::from_millis(500);
 
 /// The rebuilds under way in this process.
 #[derive(Debug)]
@@ -88,74 +88,60 @@ impl Engine {
         ended
     }
 
-    /// The five steps. False when another rebuild has overtaken this one.
+    /// Steps from one to the next. False when another rebuild has overtaken this one.
     async fn rebuild(&self, sale: &SaleId) -> Result<bool> {
-        let Some((epoch, is_first)) = self.claim(sale).await? else { return Ok(false) };
-        // Before the first permits nobody was granted anything, hence nothing is on its way.
-        if !is_first && !self.drain(sale, epoch).await? {
-            return Ok(false);
-        }
-        let _slot = self.0.rebuilds.slots.acquire().await;
-        let Some(fenced) = self.0.store.fence(sale, epoch).await? else { return Ok(false) };
-        for chunk in fenced.held.chunks(LOAD) {
-            if !self.0.permits.load(sale, epoch, chunk.to_vec()).await? {
-                return Ok(false);
-            }
-        }
-        let opening = Opening {
-            epoch,
-            available: fenced.snapshot.available,
-            snapshot_seq: fenced.snapshot.release_seq,
-            facts: fenced.facts,
-        };
-        let opened = self.0.permits.open(sale, &opening).await?;
-        if opened {
-            tracing::info!(%sale, epoch, permits = opening.available, held = fenced.held.len(), "permits opened");
-            // Releases that came meanwhile wait in the outbox.
-            self.0.refunds.notify_one();
-            self.0.signals.became_available(sale);
-        }
-        Ok(opened)
-    }
-
-    /// Steps 1 and 2: the epoch, and whether it is the sale's first. None when a newer claim stands.
-    async fn claim(&self, sale: &SaleId) -> Result<Option<(i64, bool)>> {
-        let _slot = self.0.rebuilds.slots.acquire().await;
-        let server = self.0.permits.fingerprint().await?;
-        let mut above = 0;
+        let mut rebuild = Rebuild::default();
         loop {
-            let epoch = self.0.store.allocate_epoch(sale, above).await?;
-            // Its facts are told again when it opens; these only fill the header.
-            let facts = self.0.store.standing(sale).await?.record.facts();
-            match self.0.permits.claim(sale, epoch, &facts, &server).await? {
-                Claimed::Yes => {
-                    tracing::info!(%sale, epoch, "permits claimed for a rebuild");
-                    let fence = self.0.store.standing(sale).await?.record.ledger.epoch;
-                    return Ok(Some((epoch, fence == 0)));
+            match rebuild.todo().clone() {
+                Todo::Allocate { above } => {
+                    let _slot = self.0.rebuilds.slots.acquire().await;
+                    rebuild.allocated(self.0.store.allocate_epoch(sale, above).await?);
                 }
-                Claimed::No(there) => {
-                    let header = self.0.permits.header(sale).await?;
-                    if header.is_some_and(|header| header.phase == Phase::Rebuilding) || above > 0 {
-                        return Ok(None);
-                    }
-                    // Open and ahead of everything allocated: the ledger was put back from the past.
-                    above = there;
+                Todo::Claim => self.claim(sale, &mut rebuild).await?,
+                Todo::Drain if self.drain(sale, rebuild.epoch()).await? => rebuild.drained(),
+                Todo::Drain => rebuild.overtaken(),
+                Todo::Fence => {
+                    let _slot = self.0.rebuilds.slots.acquire().await;
+                    rebuild.fenced(self.0.store.fence(sale, rebuild.epoch()).await?);
                 }
+                Todo::Open(fenced) => {
+                    let opened = self.open(sale, &rebuild, &fenced).await?;
+                    rebuild.opened(opened);
+                }
+                Todo::Over { opened } => return Ok(opened),
             }
         }
     }
 
-    /// Step 3. False when the claim was lost meanwhile. There is no giving up: opening early would sell the units of
-    /// accepted orders again.
+    async fn claim(&self, sale: &SaleId, rebuild: &mut Rebuild) -> Result<()> {
+        let _slot = self.0.rebuilds.slots.acquire().await;
+        let epoch = rebuild.epoch();
+        let server = self.0.permits.fingerprint().await?;
+        // Its facts are told again when it opens; these only fill the header.
+        let facts = self.0.store.standing(sale).await?.record.facts();
+        let claimed = self.0.permits.claim(sale, epoch, &facts, &server).await?;
+        let there = match claimed {
+            Claimed::Yes => {
+                tracing::info!(%sale, epoch, "permits claimed for a rebuild");
+                None
+            }
+            Claimed::No(_) => self.0.permits.header(sale).await?.map(|header| header.phase),
+        };
+        rebuild.claimed(claimed, there, self.fence_of(sale).await?);
+        Ok(())
+    }
+
+    /// Waits until nothing blocks the fence. False when the claim was lost meanwhile. There is no giving up: opening
+    /// early would sell the units of accepted orders again.
     async fn drain(&self, sale: &SaleId, epoch: i64) -> Result<bool> {
         let started = Instant::now();
         let (mut warned, mut checked) = (false, started);
-        let mut end = None;
+        let (mut end, mut next) = (None, 1);
         loop {
             // The bus may be away for a while, too.
             let passed = match end {
                 None => self.0.bus.last_sequence(subjects::ORDERS).await.map(|last| end = Some(last)).map(|()| false),
-                Some(end) => match self.funnel_has_passed(end).await {
+                Some(end) => match self.pass(sale, &mut next, end, started.elapsed() >= LOOK_AFTER).await {
                     Ok(true) => return Ok(true),
                     Ok(false) => Ok(false),
                     Err(error) => {
@@ -180,5 +166,59 @@ impl Engine {
             }
             tokio::time::sleep(POLL).await;
         }
+    }
+
+    /// Moves `next` past everything that does not block the fence, and answers whether that is all up to `end`. Where
+    /// the funnel stands still, `looking` at the orders themselves tells: one that is stale waits for permits, which
+    /// nobody has before a rebuild opens, and keeps the funnel from settling those behind it in order.
+    async fn pass(&self, sale: &SaleId, next: &mut u64, end: u64, looking: bool) -> Result<bool> {
+        let progress = self.0.bus.progress(subjects::ORDERS, subjects::FUNNEL).await?;
+        *next = progress.map_or(*next, |progress| (progress.settled_through + 1).max(*next));
+        if *next > end || !looking {
+            return Ok(*next > end);
+        }
+        // It moves only forward: what does not block now never will.
+        let fence = self.fence_of(sale).await?;
+        while *next <= end {
+            if let Some(message) = self.0.bus.read(subjects::ORDERS, *next).await?
+                && self.is_awaited(sale, &message, fence).await?
+            {
+                return Ok(false);
+            }
+            *next += 1;
+        }
+        Ok(true)
+    }
+
+    /// Whether a message is an order of this sale that can still be locked where the fence is, and was not.
+    async fn is_awaited(&self, sale: &SaleId, message: &Message, fence: i64) -> Result<bool> {
+        // What cannot be read never becomes an order.
+        let Ok(order) = OrderPlaced::decode(message.payload.clone()) else { return Ok(false) };
+        let Ok(hold) = order.order_id.parse() else { return Ok(false) };
+        let is_ours = order.sale_id == sale.as_str();
+        Ok(is_ours && blocks(order.grant_epoch, fence) && !self.0.store.has_hold(hold).await?)
+    }
+
+    async fn fence_of(&self, sale: &SaleId) -> Result<i64> {
+        Ok(self.0.store.standing(sale).await?.record.ledger.epoch)
+    }
+
+    async fn open(&self, sale: &SaleId, rebuild: &Rebuild, fenced: &Fenced) -> Result<bool> {
+        let _slot = self.0.rebuilds.slots.acquire().await;
+        let epoch = rebuild.epoch();
+        for chunk in fenced.held.chunks(LOAD) {
+            if !self.0.permits.load(sale, epoch, chunk.to_vec()).await? {
+                return Ok(false);
+            }
+        }
+        let opening = rebuild.opening(fenced);
+        let opened = self.0.permits.open(sale, &opening).await?;
+        if opened {
+            tracing::info!(%sale, epoch, permits = opening.available, held = fenced.held.len(), "permits opened");
+            // Releases that came meanwhile wait in the outbox.
+            self.0.refunds.notify_one();
+            self.0.signals.became_available(sale);
+        }
+        Ok(opened)
     }
 }

@@ -1,9 +1,7 @@
 //! Reconciliation: the permits beside the ledger, once a second, for what faults have left.
 //!
-//! It compares the two sums of [`crate::domain`], which no purchase on its way disturbs. The ledger's only grows within
-//! an epoch, but for withdrawn stock, which the permits gave up before. So permits read *before* the ledger that exceed
-//! it are too many for certain and are clamped at once; permits read *after* a ledger whose outbox is empty that fall
-//! short are too few for certain, and are raised when that is so twice in a row. Permits are never set to A.
+//! [`crate::domain::reconcile`] says what is wrong. What is too much is clamped at once; what is too little is raised when
+//! that is so twice in a row.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -13,7 +11,10 @@ use tokio::sync::Mutex;
 
 use super::{AT_ONCE, Engine};
 use crate::{
-    domain::permits::{Header, Phase, Raise},
+    domain::{
+        permits::{Header, Phase},
+        reconcile::{excess, shortage},
+    },
     store::{Record, Standing},
 };
 
@@ -67,42 +68,31 @@ impl Engine {
         }
         let Standing { record, outbox_is_empty } = self.0.store.standing(sale).await?;
         self.gauge(&record, &before);
-        if record.ledger.epoch != before.epoch {
-            return Ok(None);
-        }
-        let excess = before.offered() - record.ledger.offerable();
-        if excess > 0 {
+        if let Some(excess) = excess(&before, &record.ledger) {
             let taken = self.0.permits.clamp(sale, before.epoch, before.version, excess).await?;
             tracing::warn!(%sale, excess, ?taken, "more permits than stock: clamped");
             metrics::counter!("seckill_clamped_total").increment(1);
             return Ok(None);
         }
         let Some(after) = self.open_header(sale).await? else { return Ok(None) };
-        let seen = (after.epoch, after.version);
-        let is_short =
-            outbox_is_empty && record.ledger.epoch == after.epoch && after.offered() < record.ledger.offerable();
-        if is_short && short_before == Some(seen) {
-            self.raise(sale, seen).await?;
-            return Ok(None);
+        let seen = shortage(&record.ledger, outbox_is_empty, &after).map(|raise| (raise.epoch, raise.version));
+        match seen {
+            Some(seen) if short_before == Some(seen) => self.raise(sale, seen).await.map(|()| None),
+            seen => Ok(seen),
         }
-        Ok(is_short.then_some(seen))
     }
 
     /// Decides once more with the ledger standing still, so that stock that is being withdrawn is not offered again.
-    async fn raise(&self, sale: &SaleId, (epoch, version): (i64, i64)) -> Result<()> {
+    async fn raise(&self, sale: &SaleId, seen: (i64, i64)) -> Result<()> {
         let (engine, id) = (self.clone(), sale.clone());
         let work = Arc::new(move |standing: Standing| -> futures::future::BoxFuture<'static, Result<()>> {
             let (engine, sale) = (engine.clone(), id.clone());
             Box::pin(async move {
-                let ledger = standing.record.ledger;
                 let Some(header) = engine.open_header(&sale).await? else { return Ok(()) };
-                let missing = ledger.offerable() - header.offered();
-                if !standing.outbox_is_empty || ledger.epoch != epoch || header.epoch != epoch || missing <= 0 {
-                    return Ok(());
-                }
-                let raise = Raise { epoch, version, missing, release_seq: ledger.release_seq };
+                let raise = shortage(&standing.record.ledger, standing.outbox_is_empty, &header);
+                let Some(raise) = raise.filter(|raise| (raise.epoch, raise.version) == seen) else { return Ok(()) };
                 if engine.0.permits.raise(&sale, &raise).await? {
-                    tracing::warn!(%sale, missing, "fewer permits than stock with nothing on its way: raised");
+                    tracing::warn!(%sale, missing = raise.missing, "fewer permits than stock with nothing on its way: raised");
                     metrics::counter!("seckill_raised_total").increment(1);
                     engine.0.signals.became_available(&sale);
                 }

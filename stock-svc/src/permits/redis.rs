@@ -341,8 +341,8 @@ impl Permits for Redis {
     }
 
     async fn raise(&self, sale: &SaleId, raise: &Raise) -> Result<bool> {
-        let Raise { epoch, version, missing, release_seq } = raise;
-        let args = [epoch, version, missing, release_seq].map(i64::to_string).to_vec();
+        let Raise { epoch, version, offered, missing, release_seq } = raise;
+        let args = [epoch, version, offered, missing, release_seq].map(i64::to_string).to_vec();
         let raised: i64 = self.call(&self.scripts.raise, sale, args).await?;
         Ok(raised == 1)
     }

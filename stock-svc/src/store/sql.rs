@@ -330,6 +330,11 @@ impl Store for SqlStore {
         Ok(fenced)
     }
 
+    async fn has_hold(&self, hold: HoldId) -> Result<bool> {
+        let found = stock_hold::Entity::find_by_id(hold.to_string()).one(&self.db).await.map_err(sql::fault)?;
+        Ok(found.is_some())
+    }
+
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()> {
         let sale = sale.clone();
         transaction(&self.db, |tx| {

@@ -4,9 +4,13 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use mesh::testing::eventually;
-use proto::{Reason, internal::Grant, v1};
+use proto::{
+    Reason,
+    internal::{Grant, LockItem},
+    v1,
+};
 use stock_svc::{
-    domain::permits::{Claimed, Opening, Raise, Withdrawn},
+    domain::permits::{Claimed, Header, Opening, Raise, Withdrawn},
     store::{Operation, Store},
 };
 
@@ -125,6 +129,58 @@ async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
 }
 
 #[tokio::test]
+async fn e13_an_order_that_waits_for_permits_holds_up_no_rebuild_and_one_that_can_be_locked_does() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let funnel = world.funnel().await;
+        // Granted before a loss, and published after it: only an opening can let it through.
+        let late = wanted(&sale, "alice", 1);
+        let stale = granted(&world.client, &late).await;
+        world.lose_permits(&sale).await;
+        let opened = async || (world.report(&sale).await.state() == v1::PermitState::Open).then_some(());
+        eventually("the permits are back", opened).await;
+        world.publish(&late, &stale).await;
+        // Behind it, one that was accepted in time.
+        let placed = wanted(&sale, "bob", 1);
+        let good = world.place(&placed).await.unwrap();
+        world.lose_permits(&sale).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(world.report(&sale).await.state(), v1::PermitState::Rebuilding, "{}: bob has no unit", world.name);
+        // The funnel locks bob's and cannot lock alice's: it is not done with what is in the stream.
+        let waiting = funnel.consumer.fetch(10, Duration::from_secs(1)).await.unwrap();
+        assert_eq!(waiting.len(), 2, "{}", world.name);
+        assert_eq!(lock(&world.client, &late, &stale).await, LockedAs::Stale, "{}", world.name);
+        assert_eq!(lock(&world.client, &placed, &good).await, LockedAs::Locked, "{}", world.name);
+        eventually("the permits are back again", opened).await;
+        let renewed = granted(&world.client, &late).await;
+        assert_eq!(lock(&world.client, &late, &renewed).await, LockedAs::Locked, "{}", world.name);
+        assert_eq!(world.at_rest(&sale).await.held, 2, "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn what_is_refused_once_is_never_held_and_what_is_held_is_not_refused() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let refuse = |wanted: &Wanted| LockItem {
+            refusal: Reason::AllHeld.into(),
+            ..lock_item(wanted, &Grant { epoch: 0, ..Grant::default() })
+        };
+        let (refused, held) = (wanted(&sale, "alice", 1), wanted(&sale, "bob", 1));
+        let all = lock_all(&world.client, vec![refuse(&refused)]).await;
+        assert_eq!(all, [LockedAs::Refused(Reason::AllHeld)], "{}", world.name);
+        // A unit is there, and another coordinator has got a permit for it.
+        let grant = granted(&world.client, &refused).await;
+        let late = lock(&world.client, &refused, &grant).await;
+        assert_eq!(late, LockedAs::Refused(Reason::AllHeld), "{}: the same answer again", world.name);
+        hold(&world.client, &held).await;
+        assert_eq!(lock_all(&world.client, vec![refuse(&held)]).await, [LockedAs::Locked], "{}", world.name);
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held), (1, 1), "{}: and the permit has gone back", world.name);
+    }
+}
+
+#[tokio::test]
 async fn e14_permits_of_another_server_are_rebuilt() {
     for world in worlds().await {
         let sale = world.sale(3, 1).await;
@@ -231,7 +287,8 @@ async fn reconciliation_clamps_what_is_too_much_and_raises_what_is_too_little() 
         let on_its_way = granted(&world.client, &wanted(&sale, "alice", 1)).await;
         assert_eq!(on_its_way.epoch, 1, "{}", world.name);
         let header = world.permits().header(&sale).await.unwrap().unwrap();
-        let forged = Raise { epoch: header.epoch, version: header.version, missing: 5, release_seq: 0 };
+        let Header { epoch, version, .. } = header;
+        let forged = Raise { epoch, version, offered: header.offered(), missing: 5, release_seq: 0 };
         assert!(world.permits().raise(&sale, &forged).await.unwrap(), "{}", world.name);
         eventually("clamped", async || (world.report(&sale).await.permits == 9).then_some(())).await;
         // Lost: a withdrawal whose adjustment never came.

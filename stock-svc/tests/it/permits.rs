@@ -238,7 +238,9 @@ async fn a_rebuild_claims_loads_and_opens_in_its_own_epoch_only() {
 async fn corrections_are_decided_on_what_is_still_so() {
     for (kind, permits) in implementations().await {
         let sale = opened(&*permits, 5, 1).await;
-        let raise = Raise { epoch: 1, version: 0, missing: 2, release_seq: 3 };
+        let raise = Raise { epoch: 1, version: 0, offered: 5, missing: 2, release_seq: 3 };
+        let outdated = Raise { offered: 4, ..raise };
+        assert!(!permits.raise(&sale, &outdated).await.unwrap(), "{kind}: a release was counted since");
         assert!(permits.raise(&sale, &raise).await.unwrap(), "{kind}");
         assert!(!permits.raise(&sale, &raise).await.unwrap(), "{kind}: once");
         let late = permits.refund(&sale, vec![release(new_hold(), "a", 1, 3)]).await.unwrap();
@@ -309,7 +311,7 @@ async fn memory_and_redis_answer_the_same_whatever_is_asked() {
         let name = *names.choose(&mut rng).unwrap();
         let epoch = rng.random_range(1..6);
         let header = memory.header(&sale).await.unwrap();
-        let (now_epoch, version) = header.map_or((0, 0), |h| (h.epoch, h.version));
+        let (now_epoch, version, offered) = header.map_or((0, 0, 0), |h| (h.epoch, h.version, h.offered()));
         let quantity = rng.random_range(1..3);
         let facts = Facts {
             version: rng.random_range(0..50),
@@ -366,7 +368,8 @@ async fn memory_and_redis_answer_the_same_whatever_is_asked() {
                 both!(clamp(now_epoch, version, quantity));
             }
             88..91 => {
-                let raise = Raise { epoch: now_epoch, version, missing: quantity, release_seq: 4 };
+                let offered = offered - rng.random_range(0..2);
+                let raise = Raise { epoch: now_epoch, version, offered, missing: quantity, release_seq: 4 };
                 both!(raise(&raise));
             }
             91..94 => both!(withdraw(quantity)),

@@ -178,6 +178,12 @@ impl World {
     /// Acquires and publishes, as accepting an order does. None when it was refused.
     pub async fn place(&self, wanted: &Wanted) -> Option<Grant> {
         let Got::Granted(grant) = acquire(&self.client, wanted).await else { return None };
+        self.publish(wanted, &grant).await;
+        Some(grant)
+    }
+
+    /// Puts a granted order in the stream.
+    pub async fn publish(&self, wanted: &Wanted, grant: &Grant) {
         let order = OrderPlaced {
             order_id: wanted.hold.to_string(),
             sale_id: wanted.sale.to_string(),
@@ -195,7 +201,6 @@ impl World {
             payload: order.encode_to_vec().into(),
         };
         self.bus.publish(subjects::ORDERS, vec![message]).await.remove(0).unwrap();
-        Some(grant)
     }
 
     /// Closes the database under the service.
@@ -295,6 +300,7 @@ pub fn lock_item(wanted: &Wanted, grant: &Grant) -> LockItem {
         quantity: wanted.quantity,
         grant_epoch: grant.epoch,
         expire_at_ms: grant.granted_at_ms + grant.payment_window_ms,
+        refusal: Reason::Unspecified.into(),
     }
 }
 
@@ -358,7 +364,7 @@ fn done(result: Option<item_result::Result>) -> Result<(), Reason> {
 
 /// The coordinator's consumer of accepted orders.
 pub struct Funnel {
-    consumer: Arc<dyn Consumer>,
+    pub consumer: Arc<dyn Consumer>,
     client: Client,
 }
 
