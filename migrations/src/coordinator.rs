@@ -136,7 +136,7 @@ impl MigrationTrait for Sagas {
             index
         };
         let is_awaited = Expr::col(CoordinatorSaga::NextAttemptAt).is_not_null();
-        let is_stuck = Expr::col(CoordinatorSaga::Stuck).into();
+        let is_stuck = Expr::col(CoordinatorSaga::Stuck);
         for index in [
             index("coordinator_saga_by_deadline", [CoordinatorSaga::State, CoordinatorSaga::ExpireAt], None),
             index(
