@@ -93,8 +93,11 @@ impl<S: Saga> Deed<S> {
         Self { name, retry: policy.retry, timeout: policy.timeout, run }
     }
 
-    /// Does it. One outcome per row, in order; all unknown when it took too long.
+    /// Does it. One outcome per row, in order; all unknown when it took too long. For no rows nobody is called.
     pub async fn run(&self, context: &Arc<S::Context>, rows: &[Row]) -> Outcomes<S> {
+        if rows.is_empty() {
+            return Vec::new();
+        }
         let span = tracing::info_span!("step", saga = S::KIND, step = self.name, items = rows.len());
         for row in rows {
             mesh::telemetry::link(&span, &row.traceparent);

@@ -297,6 +297,13 @@ async fn an_outcome_that_comes_too_late_changes_nothing() {
     assert_eq!(states, expected.map(|s| s.map(str::to_owned).map_err(str::to_owned)));
 }
 
+#[tokio::test]
+async fn a_step_for_nobody_calls_nobody() {
+    let script = Arc::new(Script::default());
+    assert!(demo_plan().action("first").run(&script, &[]).await.is_empty());
+    assert!(script.called.lock().unwrap().is_empty());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_step_that_hangs_has_an_unknown_outcome() {
     async fn hang(_: Arc<Script>, _: Vec<Row>) -> Outcomes<Demo> {
