@@ -4,10 +4,15 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
+    time::{Duration, Instant},
 };
 
 use mesh::testing::eventually;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 use crate::{SECRET, Site};
 
@@ -43,6 +48,15 @@ impl Process {
     pub fn kill(&mut self) {
         self.child.kill().expect("it can be killed");
         self.child.wait().expect("it ends");
+    }
+
+    /// SIGTERM, as an orchestrator would; how it ended, and after how long.
+    pub async fn terminate(&mut self) -> (ExitStatus, Duration) {
+        let asked = Instant::now();
+        let pid = i32::try_from(self.child.id()).expect("a process id");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it can be asked");
+        let status = eventually("the process ends", async || self.child.try_wait().expect("a child of ours")).await;
+        (status, asked.elapsed())
     }
 
     /// Starts it again where it was.

@@ -1,8 +1,11 @@
 //! Where backends are chosen: the only place that knows which store, permits and bus are behind the ports.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
-use anyhow::Context;
+use anyhow::{Context, bail, ensure};
 use mesh::{
     bus::{SharedBus, nats::NatsBus, sqlite::SqliteBus},
     clock::Clock,
@@ -74,20 +77,31 @@ impl Backends {
         Ok(())
     }
 
-    /// What an audit from outside can see: servers' streams and permits. Embedded ones belong to their process.
-    pub async fn open_remote(
+    /// What an audit from outside can see: servers' streams and permits. Embedded permits belong to their process, and
+    /// so do embedded streams for as long as it runs.
+    pub async fn open_from_outside(
         storage: &StorageArgs,
         life: &Lifecycle,
     ) -> anyhow::Result<(Option<SharedBus>, Option<SharedPermits>)> {
         let bus: Option<SharedBus> = match &storage.nats_url {
             Some(url) => Some(Arc::new(NatsBus::connect(url, life.tasks()).await.context("cannot reach NATS")?)),
-            None => None,
+            None => Self::embedded_bus_at_rest(storage, life).await?,
         };
         let permits: Option<SharedPermits> = match &storage.redis_url {
             Some(url) => Some(Arc::new(Redis::connect(url).await.context("cannot reach Redis")?)),
             None => None,
         };
         Ok((bus, permits))
+    }
+
+    /// The embedded bus, where there is one and no mesh runs on it.
+    async fn embedded_bus_at_rest(storage: &StorageArgs, life: &Lifecycle) -> anyhow::Result<Option<SharedBus>> {
+        let path = storage.data_dir.join("bus.db");
+        if !path.is_file() || SqliteBus::is_in_use(&path).context("cannot look at the embedded bus")? {
+            return Ok(None);
+        }
+        let bus = SqliteBus::open(&path, Clock::system(), life.tasks()).await;
+        Ok(Some(Arc::new(bus.context("cannot open the embedded bus")?)))
     }
 
     /// Opens one service's database and, when asked, brings its schema up to date.
@@ -98,6 +112,24 @@ impl Backends {
         }
         Ok(db)
     }
+}
+
+/// Opens one service's database to look at: it must be there, with the schema of this version.
+pub async fn open_existing_database(storage: &StorageArgs, service: Service) -> anyhow::Result<DatabaseConnection> {
+    let (name, url) = (service.name(), storage.database(service));
+    // SQLite makes what it is asked to open, and whoever only looks leaves nothing behind.
+    if let Some(path) = url.strip_prefix("sqlite://").and_then(|rest| rest.split('?').next()) {
+        ensure!(
+            Path::new(path).is_file(),
+            "no database of {name} at {path}: --data-dir or --database-url tell where the mesh keeps its data"
+        );
+    }
+    let db = open_database(storage, service).await?;
+    let pending = migrations::status(service, &db).await?.into_iter().find(|(_, applied)| !applied);
+    if let Some((migration, _)) = pending {
+        bail!("the database of {name} lacks {migration}: `seckill migrate up` brings its schema up to date");
+    }
+    Ok(db)
 }
 
 /// Opens one service's database as it is.

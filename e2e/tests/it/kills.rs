@@ -89,6 +89,26 @@ async fn e31_the_all_in_one_killed_in_mid_rush_loses_nothing_it_accepted() {
     demand_clean(&audit::Source::new(&storage, None).expect("the audit has sources")).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn e16_asked_to_stop_in_mid_rush_it_stops_within_the_grace_and_loses_nothing() {
+    const GRACE: Duration = Duration::from_secs(10);
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let data_dir = dir.path().display().to_string();
+    let arguments = ["--data-dir", &data_dir, "--shutdown-grace", "10s"].map(str::to_owned).into();
+    let mut mesh = Process::start(PROGRAM, arguments).await;
+    let site = Arc::new(mesh.site());
+    let sale = site.sale(300, WINDOW).await;
+    let crowd = Crowd::gather(&site, &sale, 600);
+    eventually("the rush is on", async || (crowd.so_far().await >= 50).then_some(())).await;
+    let (status, after) = mesh.terminate().await;
+    assert!(status.success(), "{status}");
+    // With the grace used up it would have been dropped where it stood; the machine may be slow on top.
+    assert!(after < GRACE, "stopped after {after:?}");
+    mesh.restart().await;
+    assert!(crowd.ended(&site).await >= 50);
+    site.settled(&sale).await;
+}
+
 /// Five processes on the test servers.
 struct Mesh {
     storage: StorageArgs,

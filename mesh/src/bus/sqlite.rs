@@ -97,6 +97,15 @@ impl SqliteBus {
         Self::start(options, Some(lock), clock, tasks).await
     }
 
+    /// Whether another process has the file at `path` open as its bus.
+    pub fn is_in_use(path: &Path) -> io::Result<bool> {
+        match lock_file(path)?.try_lock() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
     /// A bus that forgets everything when it is dropped.
     pub async fn in_memory(clock: Clock, tasks: &TaskTracker) -> Result<Self, Error> {
         Self::start(SqliteConnectOptions::new().in_memory(true), None, clock, tasks).await
@@ -337,9 +346,7 @@ async fn submit(calls: &Calls, operation: &'static str, call: Call) -> Result<Ou
 
 /// Takes the lock beside the file. The system lets go of it when the process dies, however it dies.
 async fn lock(path: &Path) -> io::Result<File> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".lock");
-    let file = File::options().create(true).truncate(false).write(true).open(name)?;
+    let file = lock_file(path)?;
     let give_up = Instant::now() + LOCK_WAIT;
     loop {
         match file.try_lock() {
@@ -352,6 +359,12 @@ async fn lock(path: &Path) -> io::Result<File> {
             Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(20)).await,
         }
     }
+}
+
+fn lock_file(path: &Path) -> io::Result<File> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    File::options().create(true).truncate(false).write(true).open(name)
 }
 
 fn unavailable(operation: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> Error {
