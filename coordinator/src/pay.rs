@@ -3,7 +3,7 @@
 //! Paying records the attempt before it is made, charges, and goes on to the end if the provider says so at once. What
 //! the provider has not decided stays PAYING and is asked again by recovery, or announced by payment-svc.
 
-use std::pin::pin;
+use std::{pin::pin, time::Duration};
 
 use mesh::{
     batch::{Batcher, Limits},
@@ -30,6 +30,9 @@ use crate::{
     store::{Patch, Payment, Row},
     wire::order_state,
 };
+
+/// A charge that takes longer is worth showing.
+const SHOW_AFTER: Duration = Duration::from_millis(100);
 
 /// Buyers' calls on their orders. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -134,24 +137,23 @@ impl Counter {
         self.sagas.get(order).await?.ok_or_else(|| Error::not_found("order"))
     }
 
-    /// Charges, and meanwhile lets the record show PAYING. A charge that is decided at once does not wait for that; one
-    /// that is not decided does, since its buyer will look.
+    /// Charges, and lets the record show PAYING where that takes long enough for its buyer to look: most charges are
+    /// decided before, and then showing it would be a write for nobody.
     async fn charge(&self, paying: &Row) -> Result<PaymentStatus> {
         let mut charge = pin!(self.charges.submit(money::charge_item(paying)));
-        let mut show = pin!(self.records.submit(record::shown(paying)));
-        let charged = tokio::select! {
-            biased;
-            charged = &mut charge => {
+        let show = async {
+            let shown = self.records.submit(record::shown(paying)).await;
+            report(shown.map_err(Error::from).and_then(|result| result));
+        };
+        let charged = match tokio::time::timeout(SHOW_AFTER, &mut charge).await {
+            Ok(charged) => {
                 let charged = charged.map_err(Error::from).and_then(|result| result);
                 if is_open(&charged) {
-                    report(show.await.map_err(Error::from).and_then(|result| result));
+                    show.await;
                 }
                 return charged;
             }
-            shown = &mut show => {
-                report(shown.map_err(Error::from).and_then(|result| result));
-                charge.await
-            }
+            Err(_) => futures::future::join(charge, show).await.0,
         };
         charged?
     }

@@ -20,6 +20,10 @@ const BATCH: u64 = 512;
 /// How long announcements wait at most for a wake-up that was lost, or for a bus that was away.
 const EVERY: Duration = Duration::from_secs(1);
 
+/// Between two rounds: each is three round trips, however few announcements it brings, and nobody waits for one who is
+/// not told sooner by an answer.
+const PACE: Duration = Duration::from_millis(50);
+
 /// Wakes the relay. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Relay(Arc<Notify>);
@@ -41,9 +45,13 @@ pub(crate) fn start(store: Arc<dyn Store>, bus: SharedBus, life: &Lifecycle) -> 
             if let Err(error) = announce(store.as_ref(), &bus).await {
                 tracing::warn!(%error, "outcomes of payments were not announced yet");
             }
+            let next = async {
+                tokio::time::sleep(PACE).await;
+                // An error only says that it was not woken by then.
+                let _ = tokio::time::timeout(EVERY, woken.notified()).await;
+            };
             tokio::select! {
-                () = woken.notified() => {}
-                () = tokio::time::sleep(EVERY) => {}
+                () = next => {}
                 () = stopping.cancelled() => last = true,
             }
         }
