@@ -28,7 +28,6 @@ use mesh::{
     link::Link,
 };
 use proto::{internal::coordinator_server::CoordinatorServer, subjects};
-use sea_orm::DatabaseConnection;
 
 pub mod accept;
 pub mod calls;
@@ -60,11 +59,11 @@ const MAX_MESSAGE: usize = 16 << 20;
 /// How often the gauge of stuck sagas is brought up to date.
 const GAUGE_EVERY: Duration = Duration::from_secs(5);
 
-/// What it stands on. The schema is already migrated.
+/// What it stands on.
 #[derive(Clone, Debug)]
 pub struct Backends {
-    /// Its own database.
-    pub db: DatabaseConnection,
+    /// Sagas and their log.
+    pub store: store::SharedStore,
     /// Streams.
     pub bus: SharedBus,
     /// The time.
@@ -98,7 +97,7 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
         backends.bus.ensure_stream(&stream).await?;
     }
     let ms = Duration::from_millis;
-    let store: store::SharedStore = Arc::new(store::sql::SqlStore::new(backends.db));
+    let store = backends.store;
     let links = (backends.stock, backends.order, backends.payment);
     let clock = backends.clock;
     let calls = calls::Calls::new(links, backends.bus, store.clone(), clock.clone(), ms(config.charge_timeout_ms));

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle};
 use proto::internal::order_records_server::OrderRecordsServer;
-use sea_orm::DatabaseConnection;
 
 mod config;
 pub mod domain;
@@ -28,11 +27,11 @@ pub mod wire;
 
 pub use config::Config;
 
-/// What it stands on. The schema is already migrated.
+/// What it stands on.
 #[derive(Clone, Debug)]
 pub struct Backends {
-    /// Its own database.
-    pub db: DatabaseConnection,
+    /// The records.
+    pub store: Arc<dyn store::Store>,
     /// For signals.
     pub bus: SharedBus,
     /// Tells when a record was closed that never was open.
@@ -41,9 +40,8 @@ pub struct Backends {
 
 /// Starts the role; it serves as soon as this returns.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
-    let store = Arc::new(store::sql::SqlStore::new(backends.db));
     let signals = signals::Signals::start(backends.bus, life);
-    let records = records::Records::start(&config, store, signals, life);
+    let records = records::Records::start(&config, backends.store, signals, life);
     let service = service::Service::new(records, backends.clock);
     Ok(tonic::service::Routes::new(OrderRecordsServer::new(service)))
 }

@@ -250,7 +250,8 @@ async fn role() -> Role {
     let life = Lifecycle::new();
     let clock = Clock::system();
     let bus = Arc::new(SqliteBus::in_memory(clock.clone(), life.tasks()).await.unwrap());
-    let backends = Backends { db: database.connection.clone(), bus: bus.clone(), clock };
+    let store = Arc::new(SqlStore::new(database.connection.clone()));
+    let backends = Backends { store, bus: bus.clone(), clock };
     let routes = order_svc::start(Config::default(), backends, &life).await.unwrap();
     let server = mesh::layers::server(routes, ServerConfig::default());
     let client = OrderRecordsClient::new(Link::local(server, ClientConfig::default()));

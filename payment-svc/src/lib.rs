@@ -25,7 +25,6 @@ use mesh::{
     lifecycle::Lifecycle,
 };
 use proto::{internal::payments_server::PaymentsServer, subjects};
-use sea_orm::DatabaseConnection;
 
 mod config;
 pub mod domain;
@@ -39,11 +38,11 @@ pub mod wire;
 
 pub use config::{Config, ProviderKind};
 
-/// What it stands on. The schema is already migrated.
+/// What it stands on.
 #[derive(Clone, Debug)]
 pub struct Backends {
-    /// Its own database.
-    pub db: DatabaseConnection,
+    /// The books.
+    pub store: Arc<dyn store::Store>,
     /// For announcements.
     pub bus: SharedBus,
     /// Tells when webhooks are stale and when to ask again.
@@ -63,9 +62,8 @@ pub fn stream() -> StreamSpec {
 
 /// Starts the role; it serves as soon as this returns. What an earlier life left open is taken up again.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
-    let Backends { db, bus, clock, provider } = backends;
+    let Backends { store, bus, clock, provider } = backends;
     bus.ensure_stream(&stream()).await?;
-    let store: Arc<dyn store::Store> = Arc::new(store::sql::SqlStore::new(db));
     let relay = relay::start(store.clone(), bus, life);
     let payments = payments::Payments::start(&config, store, provider.clone(), clock, relay, life);
     resolver::start(payments.clone(), life);

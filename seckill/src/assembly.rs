@@ -4,7 +4,7 @@
 //! (stock, payment, order, coordinator, gateway) and stopped from the top down, so that whoever is still running finds
 //! what it calls.
 
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -257,8 +257,9 @@ impl Parts {
     async fn stock(&mut self, config: stock_svc::Config) -> anyhow::Result<Routes> {
         let permits = self.backends.permits().await?;
         self.permits = Some(permits.clone());
+        let db = self.backends.database(Service::Stock, self.migrate).await?;
         let backends = stock_svc::Backends {
-            db: self.backends.database(Service::Stock, self.migrate).await?,
+            store: Arc::new(stock_svc::store::sql::SqlStore::new(db)),
             permits,
             bus: self.backends.bus.clone(),
             clock: self.backends.clock.clone(),
@@ -268,8 +269,9 @@ impl Parts {
     }
 
     async fn order(&mut self, config: order_svc::Config) -> anyhow::Result<Routes> {
+        let db = self.backends.database(Service::Order, self.migrate).await?;
         let backends = order_svc::Backends {
-            db: self.backends.database(Service::Order, self.migrate).await?,
+            store: Arc::new(order_svc::store::sql::SqlStore::new(db)),
             bus: self.backends.bus.clone(),
             clock: self.backends.clock.clone(),
         };
@@ -282,13 +284,15 @@ impl Parts {
         let life = self.life();
         let clock = self.backends.clock.clone();
         let provider = config.provider(db.clone(), clock.clone(), &life)?;
-        let backends = payment_svc::Backends { db, bus: self.backends.bus.clone(), clock, provider };
+        let store = Arc::new(payment_svc::store::sql::SqlStore::new(db));
+        let backends = payment_svc::Backends { store, bus: self.backends.bus.clone(), clock, provider };
         payment_svc::start(config, backends, &life).await.context("payment-svc did not start")
     }
 
     async fn coordinator(&mut self, config: coordinator::Config, links: &Links) -> anyhow::Result<Routes> {
+        let db = self.backends.database(Service::Coordinator, self.migrate).await?;
         let backends = coordinator::Backends {
-            db: self.backends.database(Service::Coordinator, self.migrate).await?,
+            store: Arc::new(coordinator::store::sql::SqlStore::new(db)),
             bus: self.backends.bus.clone(),
             clock: self.backends.clock.clone(),
             stock: links.stock.clone(),

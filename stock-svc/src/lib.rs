@@ -21,7 +21,7 @@
 
 #![deny(missing_docs)]
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use mesh::{
     bus::{SharedBus, StreamSpec},
@@ -29,7 +29,6 @@ use mesh::{
     lifecycle::Lifecycle,
 };
 use proto::{internal::stock_server::StockServer, subjects};
-use sea_orm::DatabaseConnection;
 
 mod config;
 pub mod domain;
@@ -40,11 +39,11 @@ pub mod store;
 
 pub use config::Config;
 
-/// What it stands on. The schema is already migrated.
+/// What it stands on.
 #[derive(Clone, Debug)]
 pub struct Backends {
-    /// Its own database.
-    pub db: DatabaseConnection,
+    /// Sales, the ledger and the outbox.
+    pub store: store::SharedStore,
     /// The permits, shared by all of its processes or this one's own.
     pub permits: permits::SharedPermits,
     /// Tells how far the funnel has come, and carries signals.
@@ -65,9 +64,8 @@ fn orders() -> StreamSpec {
 /// Starts the role; it serves as soon as this returns. Permits that are missing are rebuilt in the background, which
 /// may wait for the coordinator's funnel; their buyers are told STOCK_REBUILDING meanwhile.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
-    let Backends { db, permits, bus, clock } = backends;
+    let Backends { store, permits, bus, clock } = backends;
     bus.ensure_stream(&orders()).await?;
-    let store: store::SharedStore = Arc::new(store::sql::SqlStore::new(db));
     let engine = engine::Engine::start(config, store, permits, bus, clock, life).await?;
     Ok(tonic::service::Routes::new(StockServer::new(service::Service::new(engine, life))))
 }

@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use coordinator::{Backends, Config};
+use coordinator::{Backends, Config, store::sql::SqlStore};
 use mesh::{
     bus::{
         self, Bus, Consumer, ConsumerSpec, DeadLetter, Delivery, Message, Progress, Published, Settlement, SharedBus,
@@ -224,7 +224,7 @@ impl World {
         bus.gate.set(fakes.gate.clone()).unwrap();
         let db = mesh::testing::sqlite().await;
         migrations::up(migrations::Service::Coordinator, &db.connection).await.unwrap();
-        let store = Arc::new(coordinator::store::sql::SqlStore::new(db.connection.clone()));
+        let store = Arc::new(SqlStore::new(db.connection.clone()));
         let world = Self { fakes, bus, clock, config, db, store, running: None };
         world.sale(10, 1, 60_000);
         world
@@ -246,7 +246,7 @@ impl World {
             let db = mesh::sql::connect(&url).await.unwrap();
             db.execute_unprepared("PRAGMA busy_timeout = 20000").await.unwrap();
             let backends = Backends {
-                db,
+                store: Arc::new(SqlStore::new(db)),
                 bus,
                 clock,
                 stock: link(StockServer::new(fakes.clone())),

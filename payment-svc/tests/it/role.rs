@@ -10,7 +10,7 @@ use mesh::{
     link::Link,
     testing::{self, TestDatabase},
 };
-use payment_svc::{Backends, Config, provider::Provider};
+use payment_svc::{Backends, Config, provider::Provider, store::sql::SqlStore};
 use proto::{
     BuyerId, Error, OrderId, Reason, RequestId,
     internal::{
@@ -53,7 +53,8 @@ pub async fn start(database: &TestDatabase, config: Config, provider: Option<Arc
         Some(provider) => provider,
         None => config.provider(db.clone(), clock.clone(), &life).unwrap(),
     };
-    let backends = Backends { db, bus: bus.clone(), clock, provider };
+    let store = Arc::new(SqlStore::new(db));
+    let backends = Backends { store, bus: bus.clone(), clock, provider };
     let routes = payment_svc::start(config, backends, &life).await.unwrap();
     let server = mesh::layers::server(routes, ServerConfig::default());
     Role { client: PaymentsClient::new(Link::local(server, ClientConfig::default())), bus, life }

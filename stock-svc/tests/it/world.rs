@@ -226,7 +226,7 @@ fn backends(db: &DatabaseConnection, keeper: &Keeper, bus: &SharedBus, clock: &C
         Keeper::Memory(memory) => memory.clone(),
         Keeper::Redis(redis, _) => redis.clone(),
     };
-    Backends { db: db.clone(), permits, bus: bus.clone(), clock: clock.clone() }
+    Backends { store: Arc::new(SqlStore::new(db.clone())), permits, bus: bus.clone(), clock: clock.clone() }
 }
 
 pub fn create_request(stock: i64) -> v1::CreateSaleRequest {
