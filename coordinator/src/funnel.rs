@@ -69,8 +69,9 @@ impl Funnel {
     async fn work(&self, life: &Lifecycle) {
         loop {
             let fetched = tokio::select! {
-                fetched = self.consumer.fetch(self.batch, FETCH_WAIT) => fetched,
+                biased;
                 () = life.stopping() => return,
+                fetched = self.consumer.fetch(self.batch, FETCH_WAIT) => fetched,
             };
             match fetched {
                 Ok(deliveries) if deliveries.is_empty() => {}

@@ -179,8 +179,9 @@ impl Lane {
         let life = &self.lanes.0.life;
         loop {
             let fetched = tokio::select! {
-                fetched = self.consumer.fetch(self.lanes.0.batch, FETCH_WAIT) => fetched,
+                biased;
                 () = life.stopping() => return,
+                fetched = self.consumer.fetch(self.lanes.0.batch, FETCH_WAIT) => fetched,
             };
             let settled = match fetched {
                 Ok(deliveries) if deliveries.is_empty() => continue,

@@ -80,8 +80,9 @@ impl Settler {
     async fn work(&self, life: &Lifecycle) {
         loop {
             let fetched = tokio::select! {
-                fetched = self.consumer.fetch(BATCH, FETCH_WAIT) => fetched,
+                biased;
                 () = life.stopping() => return,
+                fetched = self.consumer.fetch(BATCH, FETCH_WAIT) => fetched,
             };
             let settled = match fetched {
                 Ok(deliveries) if deliveries.is_empty() => continue,
@@ -102,8 +103,9 @@ impl Settler {
                 }
             };
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                biased;
                 () = life.stopping() => return,
+                () = tokio::time::sleep(pause) => {}
             }
         }
     }

@@ -23,8 +23,13 @@ impl Clock {
 
     /// Starts at the machine's time and then runs with tokio's: paused when tokio's is, and never backwards.
     pub fn tokio() -> Self {
-        let (base, start) = (system_ms(), Instant::now());
-        Self(Arc::new(move || base + start.elapsed().as_millis() as i64))
+        Self::tokio_from(system_ms())
+    }
+
+    /// Starts at `base_ms` and then runs with tokio's time.
+    pub fn tokio_from(base_ms: i64) -> Self {
+        let start = Instant::now();
+        Self(Arc::new(move || base_ms + start.elapsed().as_millis() as i64))
     }
 
     /// Stands still at `now_ms` until the returned handle is set.

@@ -7,6 +7,7 @@
 pub mod admin;
 pub mod batch;
 pub mod bus;
+pub mod chance;
 pub mod clock;
 pub mod identity;
 pub mod layers;

@@ -71,8 +71,9 @@ impl Lifecycle {
         let hard = self.hard.clone();
         self.tasks.spawn(async move {
             tokio::select! {
-                () = future => {}
+                biased;
                 () = hard.cancelled() => {}
+                () = future => {}
             }
         });
     }
@@ -84,12 +85,13 @@ impl Lifecycle {
             let inner = tokio::spawn(future);
             let abort = inner.abort_handle();
             tokio::select! {
+                biased;
+                () = life.hard.cancelled() => abort.abort(),
                 ended = inner => match ended {
                     Ok(()) if life.is_stopping() => {}
                     Ok(()) => life.fail(format!("{name} ended")),
                     Err(error) => life.fail(format!("{name} failed: {error}")),
                 },
-                () = life.hard.cancelled() => abort.abort(),
             }
         });
     }
@@ -107,8 +109,9 @@ impl Lifecycle {
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 tokio::select! {
-                    _ = ticks.tick() => work().await,
+                    biased;
                     () = soft.cancelled() => return,
+                    _ = ticks.tick() => work().await,
                 }
             }
         });

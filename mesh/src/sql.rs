@@ -13,6 +13,8 @@ use sea_orm::{
     SqliteTransactionMode, TransactionOptions, TransactionTrait,
 };
 
+use crate::chance;
+
 /// How often a transaction that lost against another is begun again.
 const ATTEMPTS: u32 = 10;
 
@@ -82,7 +84,7 @@ where
                 tracing::debug!(%error, attempt, "transaction begun again");
                 metrics::counter!("seckill_sql_retries_total").increment(1);
                 // Spread out, or the same two meet again.
-                let jitter = rand::random_range(1..=5) * u64::from(attempt);
+                let jitter = chance::between(1, 5) * u64::from(attempt);
                 tokio::time::sleep(Duration::from_millis(jitter)).await;
                 attempt += 1;
             }

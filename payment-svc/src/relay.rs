@@ -51,8 +51,9 @@ pub(crate) fn start(store: Arc<dyn Store>, bus: SharedBus, life: &Lifecycle) -> 
                 let _ = tokio::time::timeout(EVERY, woken.notified()).await;
             };
             tokio::select! {
-                () = next => {}
+                biased;
                 () = stopping.cancelled() => last = true,
+                () = next => {}
             }
         }
     });

@@ -213,7 +213,7 @@ impl Engine {
 
     /// Applies one transaction's worth of operations, and tells the permits what they may know earlier for it.
     pub(crate) async fn apply(&self, items: Vec<(SaleId, Operation)>) -> Result<Vec<Result<Outcome>>> {
-        let mut persisted: HashMap<(SaleId, i64), Vec<HoldId>> = HashMap::new();
+        let mut persisted: BTreeMap<(SaleId, i64), Vec<HoldId>> = BTreeMap::new();
         let locks: Vec<_> = items
             .iter()
             .map(|(sale, operation)| match operation {
@@ -250,7 +250,7 @@ impl Engine {
     }
 
     /// Hints, in the background: the sweep and the guard find out by themselves.
-    fn tell_permits(&self, persisted: HashMap<(SaleId, i64), Vec<HoldId>>, sold: Vec<Record>) {
+    fn tell_permits(&self, persisted: BTreeMap<(SaleId, i64), Vec<HoldId>>, sold: Vec<Record>) {
         if persisted.is_empty() && sold.is_empty() {
             return;
         }
@@ -307,9 +307,10 @@ impl Engine {
                     }
                 };
                 tokio::select! {
+                    biased;
+                    () = engine.0.life.stopping() => return,
                     () = woken => {}
                     () = tokio::time::sleep(every) => {}
-                    () = engine.0.life.stopping() => return,
                 }
             }
         });

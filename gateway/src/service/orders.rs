@@ -353,8 +353,9 @@ impl Watching {
         let order = match self.next.take() {
             Some(first) => Ok(first),
             None => tokio::select! {
-                order = self.follower.next() => order,
+                biased;
                 () = self.life.stopping() => Err(shutting_down()),
+                order = self.follower.next() => order,
             },
         };
         self.ended = order.as_ref().map_or(true, |order| is_terminal(order.state()));

@@ -126,6 +126,8 @@ impl Watching {
     async fn changed(&mut self) -> Result<Sale, Error> {
         loop {
             let sale = tokio::select! {
+                biased;
+                () = self.sales.life.stopping() => return Err(shutting_down()),
                 changed = self.watcher.changed() => {
                     let changed = changed?;
                     if changed.version < self.version {
@@ -142,7 +144,6 @@ impl Watching {
                         None
                     }
                 },
-                () = self.sales.life.stopping() => return Err(shutting_down()),
             };
             if let Some(sale) = sale
                 && self.last.as_ref() != Some(&sale)

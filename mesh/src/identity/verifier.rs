@@ -147,6 +147,7 @@ impl Verifier {
         loop {
             let read_at = Instant::now();
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(REFRESH_EVERY) => {}
                 () = self.unknown_key.notified() => {
                     tokio::time::sleep_until(read_at + REFRESH_AT_MOST_EVERY).await;

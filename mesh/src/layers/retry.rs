@@ -22,6 +22,7 @@ use tonic::{Code, Status, body::Body};
 use tower::Service;
 
 use super::{Answering, Deadline, code_of, through};
+use crate::chance;
 
 /// The longest wait before the first retry, doubled for each further one …
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
@@ -142,5 +143,5 @@ fn wait_before_retry(answer: &Response<Body>, attempt: u32) -> Option<Duration> 
     };
     // Full jitter: callers that failed together must not come back together.
     let most = FIRST_BACKOFF.saturating_mul(1 << (attempt - 1).min(16)).min(MAX_BACKOFF);
-    (pushback <= MAX_PUSHBACK).then(|| pushback + most.mul_f64(rand::random()))
+    (pushback <= MAX_PUSHBACK).then(|| pushback + most.mul_f64(chance::fraction()))
 }

@@ -69,8 +69,9 @@ impl Engine {
         let (engine, sale) = (self.clone(), sale.clone());
         self.0.life.spawn(async move {
             let outcome = tokio::select! {
-                outcome = engine.rebuild(&sale) => outcome,
+                biased;
                 () = engine.0.life.stopping() => Ok(false),
+                outcome = engine.rebuild(&sale) => outcome,
             };
             let label = match &outcome {
                 Ok(true) => "opened",

@@ -47,6 +47,9 @@ const EVERY: Duration = Duration::from_millis(50);
 /// NATS takes 1 MiB in a message.
 const MAX_FILTER: usize = 900_000;
 
+/// Up to so many buyers a filter takes less than handing it to another thread.
+const FILTERED_AT_ONCE: usize = 200;
+
 #[derive(Debug, Default)]
 pub(super) struct Signals {
     sales: Mutex<HashMap<SaleId, Signalled>>,
@@ -167,8 +170,12 @@ impl Engine {
             Vec::new()
         } else {
             let buyers = self.0.permits.buyers(sale).await?;
-            // Tens of milliseconds for a hundred thousand buyers.
-            tokio::task::spawn_blocking(move || filter(&buyers)).await.unwrap_or_default()
+            if buyers.len() <= FILTERED_AT_ONCE {
+                filter(&buyers)
+            } else {
+                // Tens of milliseconds for a hundred thousand buyers.
+                tokio::task::spawn_blocking(move || filter(&buyers)).await.unwrap_or_default()
+            }
         };
         let signal =
             SaleChanged { sale: Some(record.sale.view(total, availability, now)), version, buyers: buyers.into() };

@@ -47,6 +47,7 @@ impl Follower {
     pub(super) async fn next(&mut self) -> Result<Order, Error> {
         loop {
             let order = tokio::select! {
+                biased;
                 changed = self.watcher.changed() => Some(Arc::unwrap_or_clone(changed?)),
                 () = tokio::time::sleep(self.read_after) => {
                     self.read_after = (self.read_after * 2).min(READ_AGAIN);
