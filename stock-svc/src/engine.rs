@@ -180,17 +180,52 @@ impl Engine {
 
     /// Finds grants by hold alone, over all live sales.
     pub(crate) async fn lookup(&self, holds: &[HoldId]) -> Vec<Found> {
-        let live = self.0.catalog.live(self.0.clock.now_ms());
-        let answers = futures::stream::iter(live)
+        let now = self.0.clock.now_ms();
+        let known = self.0.catalog.live(now);
+        let ids: BTreeSet<SaleId> = known.iter().map(|record| record.sale.id.clone()).collect();
+        let mut found = vec![Found::Absent; holds.len()];
+        let mut certain = self.look_in(known, holds, &mut found).await;
+        if certain && found.iter().any(|found| matches!(found, Found::Absent)) {
+            // What another process has just made is news to this one, and an order of it is there all the same.
+            certain = match self.0.store.live_sales(now).await {
+                Ok(live) => {
+                    let news = live.into_iter().filter(|record| !ids.contains(&record.sale.id)).collect();
+                    self.look_in(news, holds, &mut found).await
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "sales could not be read to look for grants");
+                    false
+                }
+            };
+        }
+        // Whose fate the ledger knows is no stranger: the order's record is on its way.
+        let absent = holds.iter().zip(&found).filter(|(_, found)| matches!(found, Found::Absent));
+        let absent: Vec<HoldId> = absent.map(|(hold, _)| *hold).collect();
+        let decided = match certain {
+            true if absent.is_empty() => Ok(BTreeSet::new()),
+            true => self.0.store.has_holds(&absent).await,
+            false => Ok(absent.into_iter().collect()),
+        };
+        for (hold, found) in holds.iter().zip(&mut found) {
+            let is_unclear = decided.as_ref().map_or(true, |decided| decided.contains(hold));
+            if matches!(found, Found::Absent) && is_unclear {
+                *found = Found::Unknown;
+            }
+        }
+        found
+    }
+
+    /// Notes what these sales have granted. False when one of them does not know.
+    async fn look_in(&self, sales: Vec<Record>, holds: &[HoldId], found: &mut [Found]) -> bool {
+        let answers = futures::stream::iter(sales)
             .map(|record| async move { (self.0.permits.lookup(&record.sale.id, holds).await, record.sale) })
             .buffer_unordered(AT_ONCE)
             .collect::<Vec<_>>()
             .await;
-        let mut found = vec![Found::Absent; holds.len()];
-        let mut somebody_does_not_know = false;
+        let mut certain = true;
         for (answer, sale) in answers {
             let Ok(Some(grants)) = answer else {
-                somebody_does_not_know = true;
+                certain = false;
                 continue;
             };
             for (found, grant) in found.iter_mut().zip(grants) {
@@ -203,12 +238,7 @@ impl Engine {
                 }
             }
         }
-        if somebody_does_not_know {
-            for found in found.iter_mut().filter(|found| matches!(found, Found::Absent)) {
-                *found = Found::Unknown;
-            }
-        }
-        found
+        certain
     }
 
     /// Applies one transaction's worth of operations, and tells the permits what they may know earlier for it.

@@ -1,7 +1,11 @@
 //! Where sales, the ledger, holds and the outbox live. The ledger's rules are [`crate::domain::ledger`]'s; a store
 //! locks the rows, hands them to those functions and writes what they say, in one transaction a batch.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use futures::future::BoxFuture;
@@ -138,8 +142,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Step 4 of a rebuild; none when the fence is further already.
     async fn fence(&self, sale: &SaleId, epoch: i64) -> Result<Option<Fenced>>;
 
-    /// Whether this hold has a row, whatever its state.
-    async fn has_hold(&self, hold: HoldId) -> Result<bool>;
+    /// Those of these holds that have a row, whatever its state.
+    async fn has_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>>;
 
     /// Runs `work` with the sale's row locked, so that nothing of the ledger changes meanwhile.
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()>;

@@ -330,9 +330,17 @@ impl Store for SqlStore {
         Ok(fenced)
     }
 
-    async fn has_hold(&self, hold: HoldId) -> Result<bool> {
-        let found = stock_hold::Entity::find_by_id(hold.to_string()).one(&self.db).await.map_err(sql::fault)?;
-        Ok(found.is_some())
+    async fn has_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>> {
+        let ids: Vec<String> = holds.iter().map(ToString::to_string).collect();
+        let mut found = BTreeSet::new();
+        for chunk in sql::key_chunks(&ids) {
+            let wanted = stock_hold::Entity::find().filter(stock_hold::Column::HoldId.is_in(chunk));
+            let known = wanted.select_only().column(stock_hold::Column::HoldId).into_tuple::<String>();
+            for id in known.all(&self.db).await.map_err(sql::fault)? {
+                found.insert(id.parse()?);
+            }
+        }
+        Ok(found)
     }
 
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()> {

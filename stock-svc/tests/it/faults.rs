@@ -6,7 +6,7 @@ use futures::future::join_all;
 use mesh::testing::eventually;
 use proto::{
     Reason,
-    internal::{Grant, LockItem},
+    internal::{Grant, LockItem, LookupGrantsRequest, lookup_result},
     v1,
 };
 use stock_svc::{
@@ -33,6 +33,10 @@ async fn e11_a_grant_that_became_nothing_is_back_within_the_sweeps_bound() {
         let late = lock(&world.client, &lost, &grant).await;
         assert_eq!(late, LockedAs::Refused(Reason::PermitLapsed), "{}", world.name);
         assert_eq!(acquire(&world.client, &lost).await, Got::Released, "{}", world.name);
+        // Its message may have been accepted all the same, and its record not be written yet.
+        let hold_ids = vec![lost.hold.to_string()];
+        let answer = world.client.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap().into_inner();
+        assert_eq!(answer.results[0].result, Some(lookup_result::Result::Unknown(())), "{}", world.name);
         hold(&world.client, &wanted(&sale, "alice", 1)).await;
     }
 }

@@ -279,6 +279,28 @@ async fn grants_are_found_by_hold_and_not_knowing_is_said() {
     }
 }
 
+/// A sale that another process has just made is no reason to say that there is no such order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_of_a_sale_that_is_news_to_this_process_is_found() {
+    for world in worlds().await {
+        let (other, life) = world.another().await;
+        for _ in 0..10 {
+            let sale = world.sale(1, 1).await;
+            let known = wanted(&sale, "alice", 1);
+            // The two may both rebuild what they find missing at first.
+            eventually("a permit is granted", async || {
+                matches!(acquire(&world.client, &known).await, Got::Granted(_)).then_some(())
+            })
+            .await;
+            let hold_ids = vec![known.hold.to_string()];
+            let answer = other.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap().into_inner();
+            let found = answer.results[0].result.clone().unwrap();
+            assert_ne!(found, lookup_result::Result::Absent(()), "{}", world.name);
+        }
+        life.kill();
+    }
+}
+
 /// Buyers, retries, payments, releases, adjustments and lost messages all at once, while I1 and I2 are sampled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn e10_the_invariants_hold_at_every_sampled_instant() {
