@@ -237,7 +237,8 @@ impl<R: Rules> Book<R> {
                 self.outbox.push(Refund::Return(Return { hold: wish.hold, epoch: wish.grant_epoch }));
             }
             return match hold.state {
-                HoldState::Locked | HoldState::Sold if ours => Locked::Yes,
+                // Of this very order: a late capture's own hold is nobody else's.
+                HoldState::Locked | HoldState::Sold if ours && hold.order == wish.order => Locked::Yes,
                 HoldState::Tombstone if ours => Locked::Refused(hold.refusal),
                 _ => Locked::Refused(Reason::PermitLapsed),
             };

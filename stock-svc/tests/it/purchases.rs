@@ -10,7 +10,9 @@ use std::{
 
 use futures::future::join_all;
 use mesh::{clock::Clock, testing::eventually};
-use proto::{OrderId, Reason, RequestId, SaleId, internal::LookupGrantsRequest, internal::lookup_result, v1};
+use proto::{
+    OrderId, Reason, RequestId, SaleId, internal::LockItem, internal::LookupGrantsRequest, internal::lookup_result, v1,
+};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use stock_svc::{Config, domain::permits::Phase, store::Store};
 
@@ -276,6 +278,28 @@ async fn grants_are_found_by_hold_and_not_knowing_is_said() {
         world.permits().claim(&sale, 99, &facts, "elsewhere").await.unwrap();
         let expected = [lookup_result::Result::Unknown(()), lookup_result::Result::Unknown(())];
         assert_eq!(lookup().await[..2], expected, "{}", world.name);
+    }
+}
+
+/// A late capture's hold has an id of its own, which somebody may take for an order's.
+#[tokio::test]
+async fn a_hold_is_of_one_order() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let known = wanted(&sale, "alice", 1);
+        let grant = granted(&world.client, &known).await;
+        let order = OrderId::derive(&known.buyer, &RequestId::random());
+        let late = LockItem { order_id: order.to_string(), ..lock_item(&known, &grant) };
+        let both = vec![late.clone(), lock_item(&known, &grant), late];
+        let refused = LockedAs::Refused(Reason::PermitLapsed);
+        assert_eq!(
+            lock_all(&world.client, both).await,
+            [LockedAs::Locked, refused, LockedAs::Locked],
+            "{}",
+            world.name
+        );
+        let report = world.at_rest(&sale).await;
+        assert_eq!((report.available, report.held, report.permits), (1, 1, 1), "{}", world.name);
     }
 }
 
