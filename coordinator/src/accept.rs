@@ -136,7 +136,11 @@ impl Accept {
                 let young = self.calls.clock.now_ms() < grant.granted_at_ms + UNWRITTEN.as_millis() as i64;
                 let placed = Placed::from_grant(&grant)?;
                 let theirs = placed.buyer == wanted.buyer && placed.sale_id == wanted.sale_id;
-                if theirs && young { Ok(placed_order(&placed)) } else { Err(reached()) }
+                if !theirs || !young {
+                    return Err(reached());
+                }
+                // Granted is not accepted: its own publish may have failed. It is PLACED once it is there (I5).
+                self.place(&placed.wanted(), &placed).await
             }
             _ => Err(reached()),
         }

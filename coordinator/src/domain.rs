@@ -93,6 +93,12 @@ pub struct Placed {
 }
 
 impl Placed {
+    /// The wish that it answers.
+    pub fn wanted(&self) -> Wanted {
+        let Self { order_id, sale_id, buyer, quantity, .. } = self.clone();
+        Wanted { order_id, sale_id, buyer, quantity }
+    }
+
     /// The order that a grant stands for.
     pub fn from_grant(grant: &Grant) -> Result<Self> {
         let amount = grant.amount.as_ref().ok_or_else(|| Error::internal("a grant without an amount"))?;

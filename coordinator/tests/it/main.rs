@@ -172,6 +172,23 @@ async fn e36_e37_at_the_limit_the_open_order_is_answered_and_a_closed_one_makes_
     assert_eq!(world.accept("alice", 1, &first).await.unwrap().state(), OrderState::Cancelled);
 }
 
+/// A grant is no accepted order: its publish may have failed, and only its buyer's next request makes it one (I5).
+#[tokio::test(flavor = "multi_thread")]
+async fn e37_an_open_order_that_was_never_published_is_before_it_is_answered() {
+    let world = World::new().await;
+    world.bus.publishing(Publish::Fails);
+    let first = RequestId::random();
+    world.accept("alice", 1, &first).await.unwrap_err();
+    let error = world.accept("alice", 1, &RequestId::random()).await.unwrap_err();
+    assert_eq!(error.reason, Reason::DependencyDown, "nothing is PLACED that is not durable");
+    world.bus.publishing(Publish::Works);
+    let order = world.accept("alice", 1, &RequestId::random()).await.unwrap();
+    let id = order_id("alice", &first);
+    assert_eq!((&order.name, order.state()), (&id.name(), OrderState::Placed));
+    world.until(id, "AWAITING_PAYMENT").await;
+    assert_eq!(world.units(), (9, 0, 1, 0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_winner_who_retries_is_not_told_sold_out_though_the_permits_forgot() {
     let world = World::new().await;
