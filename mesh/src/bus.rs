@@ -1,7 +1,7 @@
-//! The bus: durable streams and fleeting signals, behind one trait with two implementations.
+//! The bus: durable streams and fleeting signals, behind one trait.
 //!
-//! [`sqlite`] is the embedded one, [`nats`] the real one (JetStream and core NATS); [`contract`] holds the tests that
-//! both must pass. What every implementation promises:
+//! [`sqlite`] is the embedded one, [`nats`] the real one (JetStream and core NATS), `memory` one for tests that hold
+//! time still; `contract` has the tests that all of them must pass. What every implementation promises:
 //!
 //! - **Publish** is durable when it returns `Ok`, and deduplicated by message id for at least two minutes: a second
 //!   publish answers the first one's sequence with `duplicate` set. An error means *unknown*: the message may be there.
@@ -23,6 +23,8 @@ use tokio::sync::broadcast;
 
 #[cfg(any(test, feature = "testing"))]
 pub mod contract;
+#[cfg(any(test, feature = "testing"))]
+pub mod memory;
 pub mod nats;
 pub mod sqlite;
 
@@ -233,4 +235,40 @@ pub trait Consumer: Send + Sync + fmt::Debug {
 
     /// Settles deliveries. On an error some may be settled; what is not comes back. Settling twice is harmless.
     async fn settle(&self, settlements: Vec<(Delivery, Settlement)>) -> Result<(), Error>;
+}
+
+/// Whether a subject falls under a pattern: `*` is one token, `>` at the end is one or more.
+fn matches(pattern: &str, subject: &str) -> bool {
+    let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
+    loop {
+        match (pattern.next(), subject.next()) {
+            (Some(">"), Some(_)) | (None, None) => return true,
+            (Some("*"), Some(_)) => {}
+            (Some(expected), Some(token)) if expected == token => {}
+            _ => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_is_one_token_and_an_arrow_the_rest() {
+        for (pattern, subject, expected) in [
+            ("a.b", "a.b", true),
+            ("a.b", "a.b.c", false),
+            ("a.b.c", "a.b", false),
+            ("a.*", "a.b", true),
+            ("a.*", "a", false),
+            ("a.*", "a.b.c", false),
+            ("*.b", "a.b", true),
+            ("a.>", "a.b.c", true),
+            ("a.>", "a", false),
+            (">", "a", true),
+        ] {
+            assert_eq!(matches(pattern, subject), expected, "{pattern} {subject}");
+        }
+    }
 }

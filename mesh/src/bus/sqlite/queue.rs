@@ -21,7 +21,7 @@ use super::recent::{Recent, WINDOW};
 use crate::{
     bus::{
         ATTEMPTS_USED_UP, ConsumerSpec, DeadLetter, Delivery, Error, Handle, Headers, Message, Progress, Published,
-        Settlement, StreamSpec,
+        Settlement, StreamSpec, matches,
     },
     clock::Clock,
 };
@@ -728,19 +728,6 @@ async fn recent(connection: &mut SqliteConnection, stream: i64, now_ms: i64) -> 
     Ok(recent)
 }
 
-/// Whether a subject falls under a pattern: `*` is one token, `>` at the end is one or more.
-fn matches(pattern: &str, subject: &str) -> bool {
-    let (mut pattern, mut subject) = (pattern.split('.'), subject.split('.'));
-    loop {
-        match (pattern.next(), subject.next()) {
-            (Some(">"), Some(_)) | (None, None) => return true,
-            (Some("*"), Some(_)) => {}
-            (Some(expected), Some(token)) if expected == token => {}
-            _ => return false,
-        }
-    }
-}
-
 /// A whole list as one bound parameter: one statement for every length.
 fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("strings and numbers have a JSON form")
@@ -752,27 +739,4 @@ fn decode_headers(text: &str) -> Result<Headers> {
 
 fn prev_power_of_two(n: usize) -> usize {
     1 << n.ilog2()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_star_is_one_token_and_an_arrow_the_rest() {
-        for (pattern, subject, expected) in [
-            ("a.b", "a.b", true),
-            ("a.b", "a.b.c", false),
-            ("a.b.c", "a.b", false),
-            ("a.*", "a.b", true),
-            ("a.*", "a", false),
-            ("a.*", "a.b.c", false),
-            ("*.b", "a.b", true),
-            ("a.>", "a.b.c", true),
-            ("a.>", "a", false),
-            (">", "a", true),
-        ] {
-            assert_eq!(matches(pattern, subject), expected, "{pattern} {subject}");
-        }
-    }
 }
