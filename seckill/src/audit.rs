@@ -66,6 +66,11 @@ impl Report {
         self.violations.is_empty()
     }
 
+    /// Each broken invariant and the row that breaks it.
+    pub fn violations(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.violations.iter().map(|(invariant, row)| (*invariant, row.as_str()))
+    }
+
     fn broken(&mut self, invariant: &'static str, row: String) {
         self.violations.insert((invariant, row));
     }
@@ -111,14 +116,22 @@ pub async fn run(source: &Source, at_rest: bool) -> anyhow::Result<Report> {
 }
 
 /// Everything that is read from.
-struct Audit {
-    stock: DatabaseConnection,
-    order: DatabaseConnection,
-    payment: DatabaseConnection,
-    coordinator: DatabaseConnection,
-    bus: Option<SharedBus>,
-    permits: Option<SharedPermits>,
-    clock: Clock,
+#[derive(Debug)]
+pub struct Audit {
+    /// stock-svc's database.
+    pub stock: DatabaseConnection,
+    /// order-svc's.
+    pub order: DatabaseConnection,
+    /// payment-svc's.
+    pub payment: DatabaseConnection,
+    /// The coordinator's.
+    pub coordinator: DatabaseConnection,
+    /// The streams, where they can be seen.
+    pub bus: Option<SharedBus>,
+    /// The permits, where they can be seen.
+    pub permits: Option<SharedPermits>,
+    /// Says what is overdue.
+    pub clock: Clock,
 }
 
 /// Where an order's hold stands.
@@ -164,7 +177,8 @@ impl Audit {
         })
     }
 
-    async fn look(&self, at_rest: bool) -> anyhow::Result<Report> {
+    /// Looks once. On a live system an order may be caught between two databases: [`run`] looks again.
+    pub async fn look(&self, at_rest: bool) -> anyhow::Result<Report> {
         let mut report = Report::default();
         let records = self.records(&mut report, at_rest).await?;
         let holds = self.holds(&mut report, at_rest).await?;

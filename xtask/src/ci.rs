@@ -1,4 +1,4 @@
-//! `cargo xtask test`, `ci` and `model`: what must pass, in one order, with its times.
+//! `cargo xtask test`, `ci`, `model` and `sim`: what must pass, in one order, with its times.
 
 use std::{
     collections::BTreeSet,
@@ -62,6 +62,21 @@ pub fn model(args: &ModelArgs, interrupt: &Interrupt) -> Result<ExitCode> {
     let mut model = cargo(&["run", "--quiet", "--locked", "--package", "model", "--"]);
     model.args(&args.args);
     Ok(process::exit_code(process::run(&mut model, interrupt)?))
+}
+
+#[derive(clap::Args)]
+#[command(disable_help_flag = true)]
+pub struct SimArgs {
+    /// Passed to the simulation
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+/// Seeds by themselves, with what went wrong in them. The tests run a few of the same.
+pub fn sim(args: &SimArgs, interrupt: &Interrupt) -> Result<ExitCode> {
+    let mut sim = cargo(&["run", "--quiet", "--locked", "--profile", "sim", "--package", "sim", "--"]);
+    sim.args(&args.args);
+    Ok(process::exit_code(process::run(&mut sim, interrupt)?))
 }
 
 /// Everything that must pass for a change to land. The first failure ends it with its exit code.

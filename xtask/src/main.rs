@@ -33,6 +33,8 @@ enum Verb {
     Ci,
     /// Search every interleaving of the stock protocol and of an order's saga; `-- --help` for bounds of your own
     Model(ci::ModelArgs),
+    /// Run the whole mesh from seeds, with faults at every port, and check what became of it; `--help` for more
+    Sim(ci::SimArgs),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),
     /// Run only the servers until Ctrl-C, and print what to export to use them
@@ -64,6 +66,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Test(args) => ci::test(&args, &interrupt),
         Verb::Ci => ci::ci(&interrupt),
         Verb::Model(args) => ci::model(&args, &interrupt),
+        Verb::Sim(args) => ci::sim(&args, &interrupt),
         Verb::Up(args) => up::up(&args, &interrupt),
         Verb::Servers(args) => up::servers(&args, &interrupt),
     }

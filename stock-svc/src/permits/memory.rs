@@ -2,7 +2,7 @@
 //! at the next start, like after a Redis loss.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
@@ -39,6 +39,19 @@ impl Memory {
     /// Forgets a sale's permits, as a lost server does. For fault tests.
     pub fn wipe(&self, sale: &SaleId) {
         self.with(sale, permits::Permits::wipe);
+    }
+
+    /// All sales' permits as they are now. For fault tests.
+    pub fn dump(&self) -> BTreeMap<SaleId, permits::Permits> {
+        let sales = self.sales.read().unwrap_or_else(PoisonError::into_inner);
+        let copy = |slot: &Slot| slot.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        sales.iter().map(|(sale, slot)| (sale.clone(), copy(slot))).collect()
+    }
+
+    /// A server that was started on a dump: it has another fingerprint than the one before. For fault tests.
+    pub fn restored(dump: BTreeMap<SaleId, permits::Permits>) -> Self {
+        let sales = dump.into_iter().map(|(sale, permits)| (sale, Slot::new(Mutex::new(permits)))).collect();
+        Self { sales: RwLock::new(sales), ..Self::default() }
     }
 
     /// One indivisible step on one sale.
