@@ -6,6 +6,7 @@
 
 #![deny(missing_docs)]
 
+pub mod chaos;
 pub mod processes;
 
 use std::{net::SocketAddr, ops::Deref, time::Duration};

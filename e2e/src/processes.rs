@@ -1,16 +1,17 @@
 //! Real processes of the mesh, to be killed: one all-in-one, or one a role.
 
 use std::{
+    fs::File,
     io,
     net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
 use mesh::testing::eventually;
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{self, Signal},
     unistd::Pid,
 };
 
@@ -21,6 +22,8 @@ use crate::{SECRET, Site};
 pub struct Process {
     program: PathBuf,
     arguments: Vec<String>,
+    /// Where its log goes; to this process's stderr when nowhere.
+    log: Option<PathBuf>,
     /// Where it serves.
     pub address: SocketAddr,
     admin: SocketAddr,
@@ -36,12 +39,21 @@ impl Process {
 
     /// The same, at an address that others have been told already.
     pub async fn start_at(program: &str, arguments: Vec<String>, address: SocketAddr) -> Self {
-        let admin = free_address();
-        let program = PathBuf::from(program);
-        let child = spawn(&program, &arguments, address, admin);
-        let process = Self { program, arguments, address, admin, child };
+        let process = Self::spawn(Path::new(program), arguments, address, None).expect("the program starts");
         process.ready().await;
         process
+    }
+
+    /// Starts it and does not wait. Its log is appended to a file, where one is named.
+    pub fn spawn(
+        program: &Path,
+        arguments: Vec<String>,
+        address: SocketAddr,
+        log: Option<PathBuf>,
+    ) -> io::Result<Self> {
+        let admin = free_address();
+        let child = launch(program, &arguments, address, admin, log.as_deref())?;
+        Ok(Self { program: program.to_owned(), arguments, log, address, admin, child })
     }
 
     /// SIGKILL, as the machine's memory killer would.
@@ -53,16 +65,45 @@ impl Process {
     /// SIGTERM, as an orchestrator would; how it ended, and after how long.
     pub async fn terminate(&mut self) -> (ExitStatus, Duration) {
         let asked = Instant::now();
-        let pid = i32::try_from(self.child.id()).expect("a process id");
-        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it can be asked");
-        let status = eventually("the process ends", async || self.child.try_wait().expect("a child of ours")).await;
+        let status = self.stop(Duration::from_secs(30)).await.expect("it ends when asked to");
         (status, asked.elapsed())
     }
 
-    /// Starts it again where it was.
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).expect("a process id fits"));
+        Ok(signal::kill(pid, signal)?)
+    }
+
+    /// Asks it to end, and waits; an error when it takes longer than `limit`.
+    pub async fn stop(&mut self, limit: Duration) -> io::Result<ExitStatus> {
+        self.signal(Signal::SIGTERM)?;
+        let ended = async {
+            loop {
+                if let Some(status) = self.child.try_wait()? {
+                    return Ok(status);
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(limit, ended).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// How it ended, if it has.
+    pub fn exited(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.child.try_wait()
+    }
+
+    /// Starts it again where it was, and waits until it is ready.
     pub async fn restart(&mut self) {
-        self.child = spawn(&self.program, &self.arguments, self.address, self.admin);
+        self.launch_again().expect("the program starts");
         self.ready().await;
+    }
+
+    /// Starts it again where it was, and does not wait.
+    pub fn launch_again(&mut self) -> io::Result<()> {
+        self.child = launch(&self.program, &self.arguments, self.address, self.admin, self.log.as_deref())?;
+        Ok(())
     }
 
     /// The door, where this process has one.
@@ -75,12 +116,14 @@ impl Process {
         http(self.address, method, path, headers, body).await
     }
 
+    /// Whether it says that it is ready.
+    pub async fn is_ready(&self) -> bool {
+        let asked = http(self.admin, "GET", "/readyz", &[], "");
+        matches!(tokio::time::timeout(Duration::from_secs(1), asked).await, Ok(Ok(answer)) if answer.starts_with("HTTP/1.1 200"))
+    }
+
     async fn ready(&self) {
-        eventually("the process is ready", async || {
-            let answer = http(self.admin, "GET", "/readyz", &[], "").await.ok()?;
-            answer.starts_with("HTTP/1.1 200").then_some(())
-        })
-        .await;
+        eventually("the process is ready", async || self.is_ready().await.then_some(())).await;
     }
 }
 
@@ -92,13 +135,20 @@ impl Drop for Process {
     }
 }
 
-/// An address that is free now. Somebody may take it before it is used; then the start fails loudly.
+/// An address that is free now. Somebody may take it before it is used; then the start fails loudly. Not from the range
+/// that outgoing connections take theirs from (32768 up, on Linux): a process that was killed must find its port free.
 pub fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound address")
+    let candidates = std::iter::repeat_with(|| SocketAddr::from(([127, 0, 0, 1], rand::random_range(10_000..32_000))));
+    candidates.take(1000).find(|address| TcpListener::bind(address).is_ok()).expect("a free port")
 }
 
-fn spawn(program: &PathBuf, arguments: &[String], address: SocketAddr, admin: SocketAddr) -> Child {
+fn launch(
+    program: &Path,
+    arguments: &[String],
+    address: SocketAddr,
+    admin: SocketAddr,
+    log: Option<&Path>,
+) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -107,7 +157,10 @@ fn spawn(program: &PathBuf, arguments: &[String], address: SocketAddr, admin: So
         .env("SECKILL_LOG", "warn")
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    command.spawn().expect("the program starts")
+    if let Some(log) = log {
+        command.stderr(File::options().create(true).append(true).open(log)?);
+    }
+    command.spawn()
 }
 
 /// The plainest of HTTP: no client to share a fault with what is tested.

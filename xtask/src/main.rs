@@ -3,6 +3,7 @@
 //! Everything a verb starts, it stops again, whichever way it ends: by return, error, panic or Ctrl-C. Nothing here
 //! exits the process while a child lives; `main` returns an exit code after every value has been dropped.
 
+mod chaos;
 mod ci;
 mod process;
 mod servers;
@@ -35,6 +36,8 @@ enum Verb {
     Model(ci::ModelArgs),
     /// Run the whole mesh from seeds, with faults at every port, and check what became of it; `--help` for more
     Sim(ci::SimArgs),
+    /// Break a mesh of real processes on real servers, under load, and audit it; `-- --help` for scenarios and bounds
+    Chaos(chaos::Args),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),
     /// Run only the servers until Ctrl-C, and print what to export to use them
@@ -67,6 +70,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Ci => ci::ci(&interrupt),
         Verb::Model(args) => ci::model(&args, &interrupt),
         Verb::Sim(args) => ci::sim(&args, &interrupt),
+        Verb::Chaos(args) => chaos::chaos(&args, &interrupt),
         Verb::Up(args) => up::up(&args, &interrupt),
         Verb::Servers(args) => up::servers(&args, &interrupt),
     }

@@ -97,6 +97,15 @@ pub fn wait_until(limit: Duration, interrupt: &Interrupt, mut check: impl FnMut(
 
 /// Runs a command to its end with this terminal's output. An interrupt is passed on to everything it started.
 pub fn run(command: &mut Command, interrupt: &Interrupt) -> Result<ExitStatus> {
+    run_beside(command, interrupt, || Ok(()))
+}
+
+/// The same, and does something else now and then until the command has ended.
+pub fn run_beside(
+    command: &mut Command,
+    interrupt: &Interrupt,
+    mut now_and_then: impl FnMut() -> Result<()>,
+) -> Result<ExitStatus> {
     interrupt.check()?;
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command.stdin(Stdio::null()).process_group(0).spawn().with_context(|| format!("starting {program}"))?;
@@ -108,6 +117,7 @@ pub fn run(command: &mut Command, interrupt: &Interrupt) -> Result<ExitStatus> {
         }
         // Dropping the group stops it.
         interrupt.check()?;
+        now_and_then()?;
         thread::sleep(POLL);
     }
 }
@@ -208,6 +218,12 @@ impl Daemon {
     /// Starts the same command again after it ended.
     pub fn restart(&mut self) -> Result<()> {
         self.child = self.command.spawn().with_context(|| format!("restarting {}", self.name))?;
+        Ok(())
+    }
+
+    /// Kills it where it stands.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().and_then(|()| self.child.wait()).with_context(|| format!("killing {}", self.name))?;
         Ok(())
     }
 

@@ -211,6 +211,34 @@ impl Servers {
         self.running.iter_mut().map(|running| &mut running.daemon)
     }
 
+    /// SIGKILL.
+    pub fn kill(&mut self, kind: Kind) -> Result<()> {
+        self.running_mut(kind)?.daemon.kill()
+    }
+
+    /// Starts a dead server again on its port and data, and waits until it answers. A database that was killed may have
+    /// left processes that keep the next one from starting for a moment: it is tried again.
+    pub fn start_again(&mut self, kind: Kind, interrupt: &Interrupt) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(60);
+        let Running { server, port, daemon } = self.running_mut(kind)?;
+        daemon.restart()?;
+        let answered = wait_until(LIMIT, interrupt, || {
+            if daemon.exited()?.is_some() {
+                daemon.restart()?;
+            }
+            Ok(server.is_ready(*port))
+        })?;
+        if !answered {
+            bail!("{kind} did not answer within {LIMIT:?}:\n{}", tail(daemon.log(), 30));
+        }
+        Ok(())
+    }
+
+    fn running_mut(&mut self, kind: Kind) -> Result<&mut Running> {
+        let running = self.running.iter_mut().find(|running| running.server.kind() == kind);
+        running.with_context(|| format!("{kind} is not running"))
+    }
+
     /// Leaves the folder where it is when the servers stop.
     pub fn keep(&mut self) {
         if let Dir::Temporary(dir) = &mut self.dir {

@@ -156,7 +156,7 @@ fn build(debug: bool, interrupt: &Interrupt) -> Result<PathBuf> {
 
 /// What every tool needs to reach this mesh, as environment variables: also what `demo`, `audit` and `token` read.
 /// Creates the databases it names.
-fn settings(servers: &Servers, database: Database) -> Result<Vec<(String, String)>> {
+pub fn settings(servers: &Servers, database: Database) -> Result<Vec<(String, String)>> {
     let secret = std::env::var(SECRET_VARIABLE).ok().filter(|secret| !secret.is_empty());
     let mut settings = vec![(SECRET_VARIABLE.to_owned(), secret.unwrap_or_else(|| DEVELOPMENT_SECRET.to_owned()))];
     for role in ROLES.iter().filter(|role| role.has_database) {

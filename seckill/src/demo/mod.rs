@@ -5,7 +5,7 @@
 //! (or on the backends named) and stopped after the audit.
 
 mod buyer;
-mod client;
+pub mod client;
 mod report;
 
 use std::{
