@@ -140,8 +140,8 @@ impl ledger::Store for Faulty<dyn ledger::Store> {
         stored!(self, fence(sale, epoch), self.behind.fence(sale, epoch))
     }
 
-    async fn has_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>> {
-        stored!(self, has_holds(holds), self.behind.has_holds(holds))
+    async fn known_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>> {
+        stored!(self, known_holds(holds), self.behind.known_holds(holds))
     }
 
     async fn under_lock(&self, sale: &SaleId, work: ledger::Hook) -> Result<()> {

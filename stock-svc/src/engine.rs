@@ -178,54 +178,57 @@ impl Engine {
         admissions
     }
 
-    /// Finds grants by hold alone, over all live sales.
+    /// Finds grants by hold alone, over all live sales. Only what is surely nobody's is absent.
     pub(crate) async fn lookup(&self, holds: &[HoldId]) -> Vec<Found> {
-        let now = self.0.clock.now_ms();
-        let known = self.0.catalog.live(now);
-        let ids: BTreeSet<SaleId> = known.iter().map(|record| record.sale.id.clone()).collect();
-        let mut found = vec![Found::Absent; holds.len()];
-        let mut certain = self.look_in(known, holds, &mut found).await;
-        if certain && found.iter().any(|found| matches!(found, Found::Absent)) {
-            // What another process has just made is news to this one, and an order of it is there all the same.
-            certain = match self.0.store.live_sales(now).await {
-                Ok(live) => {
-                    let news = live.into_iter().filter(|record| !ids.contains(&record.sale.id)).collect();
-                    self.look_in(news, holds, &mut found).await
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "sales could not be read to look for grants");
-                    false
-                }
-            };
-        }
-        // Whose fate the ledger knows is no stranger: the order's record is on its way.
-        let absent = holds.iter().zip(&found).filter(|(_, found)| matches!(found, Found::Absent));
-        let absent: Vec<HoldId> = absent.map(|(hold, _)| *hold).collect();
-        let decided = match certain {
-            true if absent.is_empty() => Ok(BTreeSet::new()),
-            true => self.0.store.has_holds(&absent).await,
-            false => Ok(absent.into_iter().collect()),
-        };
-        for (hold, found) in holds.iter().zip(&mut found) {
-            let is_unclear = decided.as_ref().map_or(true, |decided| decided.contains(hold));
-            if matches!(found, Found::Absent) && is_unclear {
-                *found = Found::Unknown;
+        let mut found = self.look_among(self.0.catalog.live(self.0.clock.now_ms()), holds).await;
+        let places: Vec<_> = (0..found.len()).filter(|&place| matches!(found[place], Found::Absent)).collect();
+        let missing: Vec<_> = places.iter().map(|&place| holds[place]).collect();
+        if !missing.is_empty() {
+            let again = self.look_twice(&missing).await.unwrap_or_else(|error| {
+                tracing::debug!(%error, "whether a grant is there cannot be said");
+                vec![Found::Unknown; missing.len()]
+            });
+            for (place, again) in places.into_iter().zip(again) {
+                found[place] = again;
             }
         }
         found
     }
 
-    /// Notes what these sales have granted. False when one of them does not know.
-    async fn look_in(&self, sales: Vec<Record>, holds: &[HoldId], found: &mut [Found]) -> bool {
+    /// Looks for what this process has not found. Another one may have created the sale a moment ago; the permits may
+    /// be those of a server that was put back in time, before anybody has noticed; and who was refused by the ledger
+    /// has lost its permit before its record is written.
+    async fn look_twice(&self, holds: &[HoldId]) -> Result<Vec<Found>> {
+        let live = self.0.store.live_sales(self.0.clock.now_ms()).await?;
+        let mut found = self.look_among(live.clone(), holds).await;
+        // After the look: permits that were put back before it show now.
+        let server = self.0.permits.fingerprint().await?;
+        let mut all_current = true;
+        for record in &live {
+            let header = self.0.permits.header(&record.sale.id).await?;
+            all_current &= guard::is_current(header.as_ref(), record, &server);
+        }
+        let known = self.0.store.known_holds(holds).await?;
+        for (found, hold) in found.iter_mut().zip(holds) {
+            if matches!(found, Found::Absent) && (!all_current || known.contains(hold)) {
+                *found = Found::Unknown;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Asks the permits of these sales. Where some do not answer, what the others do not know is unknown.
+    async fn look_among(&self, sales: Vec<Record>, holds: &[HoldId]) -> Vec<Found> {
         let answers = futures::stream::iter(sales)
             .map(|record| async move { (self.0.permits.lookup(&record.sale.id, holds).await, record.sale) })
             .buffer_unordered(AT_ONCE)
             .collect::<Vec<_>>()
             .await;
-        let mut certain = true;
+        let mut found = vec![Found::Absent; holds.len()];
+        let mut somebody_does_not_know = false;
         for (answer, sale) in answers {
             let Ok(Some(grants)) = answer else {
-                certain = false;
+                somebody_does_not_know = true;
                 continue;
             };
             for (found, grant) in found.iter_mut().zip(grants) {
@@ -238,7 +241,12 @@ impl Engine {
                 }
             }
         }
-        certain
+        if somebody_does_not_know {
+            for found in found.iter_mut().filter(|found| matches!(found, Found::Absent)) {
+                *found = Found::Unknown;
+            }
+        }
+        found
     }
 
     /// Applies one transaction's worth of operations, and tells the permits what they may know earlier for it.

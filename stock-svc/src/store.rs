@@ -143,7 +143,7 @@ pub trait Store: Send + Sync + fmt::Debug {
     async fn fence(&self, sale: &SaleId, epoch: i64) -> Result<Option<Fenced>>;
 
     /// Those of these holds that have a row, whatever its state.
-    async fn has_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>>;
+    async fn known_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>>;
 
     /// Runs `work` with the sale's row locked, so that nothing of the ledger changes meanwhile.
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()>;

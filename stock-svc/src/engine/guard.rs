@@ -89,6 +89,11 @@ impl Engine {
     }
 }
 
+/// Whether open permits are this ledger's, and of now: what they do not know was not granted.
+pub(super) fn is_current(header: Option<&Header>, record: &Record, server: &str) -> bool {
+    matches!(need(header, record, server, Duration::MAX), Need::Nothing | Need::Facts)
+}
+
 /// What one sale's permits need, by their header and the ledger as it was read before.
 fn need(header: Option<&Header>, record: &Record, server: &str, takeover: Duration) -> Need {
     let Some(header) = header else { return Need::Rebuild };

@@ -197,7 +197,7 @@ impl Engine {
         let Ok(order) = OrderPlaced::decode(message.payload.clone()) else { return Ok(false) };
         let Ok(hold) = order.order_id.parse() else { return Ok(false) };
         let is_ours = order.sale_id == sale.as_str();
-        Ok(is_ours && blocks(order.grant_epoch, fence) && self.0.store.has_holds(&[hold]).await?.is_empty())
+        Ok(is_ours && blocks(order.grant_epoch, fence) && self.0.store.known_holds(&[hold]).await?.is_empty())
     }
 
     async fn fence_of(&self, sale: &SaleId) -> Result<i64> {

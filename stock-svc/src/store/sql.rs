@@ -330,17 +330,17 @@ impl Store for SqlStore {
         Ok(fenced)
     }
 
-    async fn has_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>> {
-        let ids: Vec<String> = holds.iter().map(ToString::to_string).collect();
-        let mut found = BTreeSet::new();
-        for chunk in sql::key_chunks(&ids) {
-            let wanted = stock_hold::Entity::find().filter(stock_hold::Column::HoldId.is_in(chunk));
-            let known = wanted.select_only().column(stock_hold::Column::HoldId).into_tuple::<String>();
-            for id in known.all(&self.db).await.map_err(sql::fault)? {
-                found.insert(id.parse()?);
+    async fn known_holds(&self, holds: &[HoldId]) -> Result<BTreeSet<HoldId>> {
+        let mut known = BTreeSet::new();
+        for chunk in sql::key_chunks(holds) {
+            let wanted = stock_hold::Column::HoldId.is_in(chunk.iter().map(HoldId::to_string));
+            let ids = stock_hold::Entity::find().filter(wanted).select_only().column(stock_hold::Column::HoldId);
+            let ids: Vec<String> = ids.into_tuple().all(&self.db).await.map_err(sql::fault)?;
+            for id in ids {
+                known.insert(HoldId::parse("hold_id", &id)?);
             }
         }
-        Ok(found)
+        Ok(known)
     }
 
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()> {

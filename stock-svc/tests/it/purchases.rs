@@ -11,10 +11,16 @@ use std::{
 use futures::future::join_all;
 use mesh::{clock::Clock, testing::eventually};
 use proto::{
-    OrderId, Reason, RequestId, SaleId, internal::LockItem, internal::LookupGrantsRequest, internal::lookup_result, v1,
+    OrderId, Reason, RequestId, SaleId,
+    internal::{Grant, LockItem, LookupGrantsRequest, LookupResult, lookup_result},
+    v1,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
-use stock_svc::{Config, domain::permits::Phase, store::Store};
+use stock_svc::{
+    Config,
+    domain::permits::{Opening, Phase},
+    store::Store,
+};
 
 use crate::world::*;
 
@@ -303,25 +309,62 @@ async fn a_hold_is_of_one_order() {
     }
 }
 
-/// A sale that another process has just made is no reason to say that there is no such order.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_grant_of_a_sale_that_is_news_to_this_process_is_found() {
+/// What became of each of these holds' grants, by name.
+async fn look_up(client: &Client, holds: &[OrderId]) -> Vec<&'static str> {
+    let hold_ids = holds.iter().map(OrderId::to_string).collect();
+    let answer = client.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap();
+    let name = |result: LookupResult| match result.result.unwrap() {
+        lookup_result::Result::Granted(_) => "granted",
+        lookup_result::Result::Absent(()) => "absent",
+        lookup_result::Result::Unknown(()) => "unknown",
+    };
+    answer.into_inner().results.into_iter().map(name).collect()
+}
+
+#[tokio::test]
+async fn a_grant_in_a_sale_that_another_process_has_just_created_is_found() {
     for world in worlds().await {
         let (other, life) = world.another().await;
-        for _ in 0..10 {
-            let sale = world.sale(1, 1).await;
-            let known = wanted(&sale, "alice", 1);
-            // The two may both rebuild what they find missing at first.
-            eventually("a permit is granted", async || {
-                matches!(acquire(&world.client, &known).await, Got::Granted(_)).then_some(())
-            })
+        let sale = world.sale(2, 1).await;
+        let known = wanted(&sale, "alice", 1);
+        // The other one's first look may meet the sale's permits before they are open, and begin them anew.
+        eventually("a grant", async || matches!(acquire(&world.client, &known).await, Got::Granted(_)).then_some(()))
             .await;
-            let hold_ids = vec![known.hold.to_string()];
-            let answer = other.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap().into_inner();
-            let found = answer.results[0].result.clone().unwrap();
-            assert_ne!(found, lookup_result::Result::Absent(()), "{}", world.name);
-        }
+        let stranger = OrderId::derive(&known.buyer, &RequestId::random());
+        assert_eq!(look_up(&other, &[known.hold, stranger]).await, ["granted", "absent"], "{}", world.name);
         life.kill();
+    }
+}
+
+#[tokio::test]
+async fn e14_nobody_says_that_a_grant_is_absent_from_permits_that_were_put_back_in_time() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let placed = wanted(&sale, "alice", 1);
+        world.place(&placed).await.unwrap();
+        // As if a server that never saw the grant had taken over, an instant ago.
+        let facts = world.standing(&sale).await.record.facts();
+        let opening = Opening { epoch: 50, available: 2, snapshot_seq: 0, facts: facts.clone() };
+        world.permits().claim(&sale, 50, &facts, "another server").await.unwrap();
+        assert!(world.permits().open(&sale, &opening).await.unwrap(), "{}", world.name);
+        assert_eq!(look_up(&world.client, &[placed.hold]).await, ["unknown"], "{}", world.name);
+        assert_eq!(world.funnel().await.run().await, 1, "{}", world.name);
+        world.at_rest(&sale).await;
+        assert_eq!(look_up(&world.client, &[placed.hold]).await, ["granted"], "{}", world.name);
+    }
+}
+
+#[tokio::test]
+async fn an_order_that_the_ledger_has_just_refused_is_not_absent() {
+    for world in worlds().await {
+        let sale = world.sale(1, 1).await;
+        let (held, refused) = (wanted(&sale, "alice", 1), wanted(&sale, "bob", 1));
+        hold(&world.client, &held).await;
+        let stale = Grant { epoch: 0, ..Grant::default() };
+        let item = LockItem { refusal: Reason::AllHeld.into(), ..lock_item(&refused, &stale) };
+        assert_eq!(lock_all(&world.client, vec![item]).await, [LockedAs::Refused(Reason::AllHeld)], "{}", world.name);
+        // Its permit is back, its record is yet to be written by whoever asked.
+        assert_eq!(look_up(&world.client, &[refused.hold]).await, ["unknown"], "{}", world.name);
     }
 }
 

@@ -55,11 +55,15 @@ impl Finder {
         if let Some(order) = self.records.submit(id).await?? {
             return Ok(Some(order));
         }
-        if let Some(grant) = self.grants.submit(id).await?? {
+        let grant = self.grants.submit(id).await?;
+        if let Ok(Some(grant)) = grant {
             return Ok(Some(placed(id, grant)));
         }
         // Between the two looks the funnel may have written the order and the grant been forgotten.
-        self.records.submit(id).await?
+        match self.records.submit(id).await?? {
+            Some(order) => Ok(Some(order)),
+            None => grant.map(|_| None),
+        }
     }
 }
 
