@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use fred::prelude::ClientLike;
+use futures::future::join_all;
 use nix::sys::signal::Signal;
 use rand::{
     Rng,
@@ -29,6 +30,8 @@ const PAUSE: Duration = Duration::from_secs(10);
 const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
 /// A stop that was asked for takes no longer: the grace of `seckill`, and some.
 const STOP_LIMIT: Duration = Duration::from_secs(25);
+/// What was sent to a door before it was taken out of rotation has arrived by then.
+const DEREGISTRATION: Duration = Duration::from_millis(500);
 /// How long after its deadline an order may wait for the sweep, when the bus that would have told is away.
 const SWEEP_BOUND: Duration = Duration::from_secs(10);
 
@@ -277,10 +280,11 @@ impl Chaos {
         const WINDOW: Duration = Duration::from_secs(4);
         const BUYERS: usize = 10;
         let sale = self.load.create_sale("away", 1000, WINDOW).await?;
-        let mut orders = Vec::new();
-        for buyer in 0..BUYERS {
-            orders.extend(self.load.hold(&format!("{sale}-{buyer}"), &sale).await);
-        }
+        let buyers = (0..BUYERS).map(|buyer| {
+            let (load, sale) = (self.load.clone(), sale.clone());
+            async move { load.hold(&format!("{sale}-{buyer}"), &sale).await }
+        });
+        let orders: Vec<String> = join_all(buyers).await.into_iter().flatten().collect();
         self.keeper.kill(Server::Nats).await?;
         let due = Instant::now() + WINDOW;
         sleep(WINDOW).await;
@@ -334,15 +338,21 @@ impl Chaos {
 
     /// A door is taken out of rotation before it is stopped, as any load balancer does; the other roles just stop.
     async fn rolling(&mut self) -> Result<Injected> {
-        let (before, mut slowest) = (self.load.unanswered(), Duration::ZERO);
+        let (before, mut slowest) = (self.load.unanswered(0).len(), Duration::ZERO);
+        let mut slowest_stop = (Duration::ZERO, String::new());
         for index in 0..self.fleet.replicas.len() {
-            let replica = &mut self.fleet.replicas[index];
+            let replica = &self.fleet.replicas[index];
             let is_door = (replica.role == Role::Gateway).then_some(replica.process.address);
             if let Some(door) = is_door {
                 self.load.rotate(door, false);
+                sleep(DEREGISTRATION).await;
             }
+            let replica = &mut self.fleet.replicas[index];
+            let asked = Instant::now();
             match replica.process.stop(STOP_LIMIT).await {
-                Ok(status) if status.success() => {}
+                Ok(status) if status.success() => {
+                    slowest_stop = slowest_stop.max((asked.elapsed(), replica.name.clone()))
+                }
                 Ok(status) => {
                     self.load.violation(format!("{} was asked to stop and ended with {status}", replica.name))
                 }
@@ -356,11 +366,12 @@ impl Chaos {
                 self.load.rotate(door, true);
             }
         }
-        let lost = self.load.unanswered() - before;
-        if lost > 0 {
-            self.load.violation(format!("rolling restart: {lost} requests got no answer"));
+        for lost in self.load.unanswered(before) {
+            self.load.violation(format!("rolling restart, no answer: {lost}"));
         }
-        Ok(Injected { detail: "every replica".to_owned(), lifted: Instant::now(), ready: Some(slowest), kills: 0 })
+        let (took, who) = slowest_stop;
+        let detail = format!("every replica; {who} took longest to stop, {:.1} s", took.as_secs_f64());
+        Ok(Injected { detail, lifted: Instant::now(), ready: Some(slowest), kills: 0 })
     }
 
     async fn redis(&self) -> Result<fred::prelude::Client> {

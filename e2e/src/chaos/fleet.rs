@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use migrations::Service;
 use nix::sys::signal::Signal;
-use seckill::config::StorageArgs;
+use seckill::{backends::open_database, config::StorageArgs};
 
 use super::proxy::{Fault, Proxy};
 use crate::processes::{Process, free_address};
@@ -130,8 +130,14 @@ pub struct Plan<'a> {
 }
 
 impl Fleet {
-    /// Starts every process and waits until all are ready.
+    /// Brings the databases up to date, starts every process and waits until all are ready.
     pub async fn start(plan: Plan<'_>) -> Result<Self> {
+        // Once, and before two replicas of a service would do it at the same time.
+        for service in Service::ALL {
+            let db = open_database(plan.storage, service).await?;
+            migrations::up(service, &db).await.with_context(|| format!("migrating {}", service.name()))?;
+            db.close().await?;
+        }
         let mut fleet = Self { replicas: Vec::new(), wires: Vec::new() };
         let addresses: Vec<(Role, SocketAddr)> =
             Role::ALL.iter().flat_map(|&role| (0..plan.replicas).map(move |_| (role, free_address()))).collect();

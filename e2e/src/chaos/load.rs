@@ -99,6 +99,8 @@ struct Journal {
     /// Sales that somebody was told are sold out.
     sold_out: HashSet<String>,
     unseen: u64,
+    /// Requests without an answer, and why.
+    unanswered: Vec<String>,
     violations: Vec<String>,
 }
 
@@ -267,9 +269,9 @@ impl Load {
         text
     }
 
-    /// How many requests got no answer, and how many orders were accepted: for who asks twice and compares.
-    pub fn unanswered(&self) -> u64 {
-        self.journal().answers.iter().filter(|((_, answer), _)| answer == NO_ANSWER).map(|(_, count)| count).sum()
+    /// The requests that got no answer so far, but for the first `known` of them.
+    pub fn unanswered(&self, known: usize) -> Vec<String> {
+        self.journal().unanswered.iter().skip(known).cloned().collect()
     }
 
     /// Asks for every accepted order until each is terminal. Answers how many ended how.
@@ -536,7 +538,10 @@ impl Load {
                         }
                     }
                 }
-                Err(_) => self.count(verb, NO_ANSWER),
+                Err(error) => {
+                    self.count(verb, NO_ANSWER);
+                    self.journal().unanswered.push(format!("{} {path} at {}: {error:#}", verb.name(), door.address));
+                }
             }
             if Instant::now() + pause > deadline {
                 return None;
