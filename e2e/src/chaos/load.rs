@@ -32,7 +32,12 @@ use crate::Site;
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Visits at once; who comes beyond that goes home unseen. A mesh that is away must not be met by all who ever came.
 const CROWD: usize = 3000;
-const CONNECTIONS: usize = 256;
+/// Violations told one by one.
+pub const TOLD: usize = 30;
+/// Requests under way at once, and those among them that may take their time. Browsers do not share connections: who
+/// waits for an order to be locked keeps nobody from placing one.
+const REQUESTS: usize = 256;
+const WAITS: usize = 2048;
 
 /// What a buyer or an operator asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,6 +143,9 @@ struct Shared {
     /// When the newest order that is locked was accepted.
     frontier: watch::Sender<Option<Instant>>,
     places: Semaphore,
+    /// Taken before a door is chosen: who queued for a door would come to it after it was taken out of rotation.
+    requests: Semaphore,
+    waits: Semaphore,
 }
 
 impl Load {
@@ -145,7 +153,7 @@ impl Load {
     pub fn at(doors: &[SocketAddr], seed: u64) -> Result<Self> {
         let site = Site::at(*doors.first().context("a mesh has a door")?);
         let doors = doors.iter().map(|&address| {
-            let client = Client::new(&format!("http://{address}").parse()?, CONNECTIONS)?;
+            let client = Client::new(&format!("http://{address}").parse()?, REQUESTS + WAITS)?;
             Ok(Door { address, client, in_rotation: AtomicBool::new(true) })
         });
         let operator = bearer(&site, "olga", "operator")?;
@@ -160,6 +168,8 @@ impl Load {
             journal: Mutex::default(),
             frontier: watch::Sender::new(None),
             places: Semaphore::new(CROWD),
+            requests: Semaphore::new(REQUESTS),
+            waits: Semaphore::new(WAITS),
         })))
     }
 
@@ -247,8 +257,12 @@ impl Load {
 
     /// Something that must not be.
     pub fn violation(&self, what: String) {
-        eprintln!("VIOLATION  {what}");
-        self.journal().violations.push(what);
+        let mut journal = self.journal();
+        // The rest is counted.
+        if journal.violations.len() < TOLD {
+            eprintln!("VIOLATION  {what}");
+        }
+        journal.violations.push(what);
     }
 
     /// Everything that must not have been.
@@ -456,7 +470,7 @@ impl Load {
 
     async fn leaves_placed(&self, token: &HeaderValue, order: &str) -> Option<String> {
         let accepted = Instant::now();
-        let path = format!("/v1/{order}?wait=2s");
+        let path = format!("/v1/{order}{WAIT}");
         loop {
             let deadline = accepted + PATIENCE;
             let answer = self.insist(Verb::Read, Method::GET, &path, token, None, "", deadline).await?;
@@ -517,9 +531,13 @@ impl Load {
     ) -> Option<Answer> {
         let mut pause = Duration::from_millis(100);
         loop {
+            let turns = if path.ends_with(WAIT) { &self.0.waits } else { &self.0.requests };
+            let Ok(turn) = turns.acquire().await else { return None };
             let door = self.next_door();
             let content = (!body.is_empty()).then(|| Bytes::copy_from_slice(body.as_bytes()));
-            match door.client.send(method.clone(), path, token, key, content).await {
+            let answer = door.client.send(method.clone(), path, token, key, content).await;
+            drop(turn);
+            match answer {
                 Ok(answer) => {
                     let success = answer.status.is_success();
                     let reason = if success { answer.status.as_u16().to_string() } else { answer.reason() };
@@ -577,6 +595,9 @@ impl Load {
         self.0.offer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Makes a read wait for an order to be locked.
+const WAIT: &str = "?wait=2s";
 
 /// The door was shut, or the connection broke: whether it happened is unknown.
 const NO_ANSWER: &str = "no answer";

@@ -14,7 +14,7 @@ pub mod scenarios;
 pub mod servers;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -140,29 +140,56 @@ pub async fn run(args: Args) -> Result<bool> {
     if args.scenario == Some(Scenario::Measure(Measurement::DiskFull)) {
         return scenarios::disk_full(&program, &args.logs, args.rate, seed).await;
     }
-    let plan = Plan { program: &program, storage: &args.storage, replicas: 2, logs: &args.logs };
-    let fleet = Fleet::start(plan).await?;
-    let load = Load::at(&fleet.doors(), seed)?;
-    let (keeper, storage) = (Keeper::at(&args.keeper), args.storage.clone());
-    let rng = StdRng::seed_from_u64(seed);
-    let mut chaos = Chaos { fleet, keeper, load, storage, rng, report: Report::default(), started: Instant::now() };
+    let mut chaos = Chaos::start(&program, &args.storage, &args.logs, &args.keeper, seed).await?;
     match args.scenario {
         Some(Scenario::Measure(Measurement::InFlight)) => chaos.in_flight(args.orders.unwrap_or(10_000)).await?,
         Some(Scenario::Measure(Measurement::Awaiting)) => chaos.awaiting(args.orders.unwrap_or(100_000)).await?,
         Some(Scenario::Measure(Measurement::Expiry)) => chaos.expiry(args.orders.unwrap_or(10_000)).await?,
         Some(Scenario::Measure(Measurement::DiskFull)) => {}
-        Some(Scenario::Only(kind)) => chaos.faults(&args, Some(kind)).await?,
-        None => chaos.faults(&args, None).await?,
+        Some(Scenario::Only(kind)) => chaos.by_turns(&args, |card| card.kind() == kind).await?,
+        None => chaos.by_turns(&args, |_| true).await?,
     }
     chaos.verdict().await
 }
 
 impl Chaos {
-    /// Faults by turns while buyers come.
-    async fn faults(&mut self, args: &Args, only: Option<Kind>) -> Result<()> {
+    /// A mesh of two replicas a role, whole, with nobody at its doors.
+    pub async fn start(program: &Path, storage: &StorageArgs, logs: &Path, keeper: &Path, seed: u64) -> Result<Self> {
+        let fleet = Fleet::start(Plan { program, storage, replicas: 2, logs }).await?;
+        let load = Load::at(&fleet.doors(), seed)?;
+        Ok(Self {
+            fleet,
+            keeper: Keeper::at(keeper),
+            load,
+            storage: storage.clone(),
+            rng: StdRng::seed_from_u64(seed),
+            report: Report::default(),
+            started: Instant::now(),
+        })
+    }
+
+    /// Faults for as long as it was asked for, by turns.
+    async fn by_turns(&mut self, args: &Args, wanted: impl Fn(&Card) -> bool) -> Result<()> {
+        let end = self.started + Duration::from_secs_f64(args.minutes * 60.0);
+        let mut deck: Vec<Card> = Vec::new();
+        let next = |rng: &mut StdRng| {
+            if Instant::now() >= end {
+                return None;
+            }
+            if deck.is_empty() {
+                deck = Kind::deck(rng);
+                deck.retain(&wanted);
+            }
+            deck.pop()
+        };
+        self.faults(args.rate, next).await
+    }
+
+    /// One fault after the other, until there is none, while buyers come at this rate.
+    pub async fn faults(&mut self, rate: f64, mut next: impl FnMut(&mut StdRng) -> Option<Card>) -> Result<()> {
         self.load.open().await?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let (load, rate) = (self.load.clone(), args.rate);
+        let load = self.load.clone();
         let buyers = tokio::spawn(async move {
             load.run(rate, async {
                 // Dropped is stopped.
@@ -170,15 +197,9 @@ impl Chaos {
             })
             .await;
         });
-        let end = self.started + Duration::from_secs_f64(args.minutes * 60.0);
-        let mut deck: Vec<Card> = Vec::new();
-        while Instant::now() < end {
-            if deck.is_empty() {
-                deck = Kind::deck(&mut self.rng);
-                deck.retain(|card| only.is_none_or(|only| card.kind() == only));
-            }
-            let Some(card) = deck.pop() else { break };
+        while let Some(card) = next(&mut self.rng) {
             tokio::time::sleep(Duration::from_millis(self.rng.random_range(1000..3000))).await;
+            // Boxed: the futures of a fault are more than the compiler looks through at once.
             Box::pin(self.inject(card)).await?;
         }
         drop(stop);
@@ -186,7 +207,8 @@ impl Chaos {
     }
 
     /// Waits for every accepted order to end, asks for the audit, and says what came of it all.
-    async fn verdict(mut self) -> Result<bool> {
+    /// False when something was violated.
+    pub async fn verdict(mut self) -> Result<bool> {
         for death in self.fleet.revive()? {
             self.report.note(death);
         }
@@ -205,7 +227,7 @@ impl Chaos {
             0 => println!("clean: every accepted order ended, no undocumented answer, the audit finds nothing"),
             count => {
                 println!("{count} VIOLATIONS");
-                for violation in violations.iter().take(50) {
+                for violation in violations.iter().take(load::TOLD) {
                     println!("  {violation}");
                 }
             }

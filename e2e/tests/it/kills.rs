@@ -13,11 +13,11 @@ use seckill::{audit, config::StorageArgs};
 use tokio::{sync::Mutex, task::JoinSet};
 use uuid::Uuid;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_e2e-seckill");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_e2e-seckill");
 const WINDOW: Duration = Duration::from_secs(3);
 
 /// The mesh's streams have fixed names, and the tests have one NATS: one mesh on it at a time.
-static REAL_BACKENDS: Mutex<()> = Mutex::const_new(());
+pub static REAL_BACKENDS: Mutex<()> = Mutex::const_new(());
 
 /// Buyers who keep coming, every third of them a payer, until told to stop. What they saw accepted is noted.
 struct Crowd {
@@ -117,25 +117,9 @@ struct Mesh {
 }
 
 impl Mesh {
-    /// Fresh databases and streams, then one process a role. None when the servers are not there.
+    /// One process a role, on fresh databases and streams. None when the servers are not there.
     async fn start(databases: &str) -> Option<Self> {
-        let (base, redis, nats) =
-            (server(databases)?, server("SECKILL_TEST_REDIS_URL")?, server("SECKILL_TEST_NATS_URL")?);
-        let client = async_nats::connect(&nats).await.expect("NATS answers");
-        let streams = async_nats::jetstream::new(client);
-        for stream in ["ORDERS", "PAYMENTS", "EVENTS", "DEADLETTERS"] {
-            // Of an earlier test, or not there.
-            let _ = streams.delete_stream(stream).await;
-        }
-        let mut storage = StorageArgs { redis_url: Some(redis), nats_url: Some(nats), ..Default::default() };
-        for (service, url) in [
-            ("stock", &mut storage.stock_database_url),
-            ("order", &mut storage.order_database_url),
-            ("payment", &mut storage.payment_database_url),
-            ("coordinator", &mut storage.coordinator_database_url),
-        ] {
-            *url = Some(fresh_database(&base, service).await);
-        }
+        let storage = fresh_storage(databases).await?;
         let mut arguments = vec![];
         for (flag, url) in [
             ("--stock-database-url", &storage.stock_database_url),
@@ -163,6 +147,27 @@ impl Mesh {
     fn site(&self) -> Site {
         self.roles.last().expect("five roles").1.site()
     }
+}
+
+/// Fresh databases and streams on the test servers. None when they are not there.
+pub async fn fresh_storage(databases: &str) -> Option<StorageArgs> {
+    let (base, redis, nats) = (server(databases)?, server("SECKILL_TEST_REDIS_URL")?, server("SECKILL_TEST_NATS_URL")?);
+    let client = async_nats::connect(&nats).await.expect("NATS answers");
+    let streams = async_nats::jetstream::new(client);
+    for stream in ["ORDERS", "PAYMENTS", "EVENTS", "DEADLETTERS"] {
+        // Of an earlier test, or not there.
+        let _ = streams.delete_stream(stream).await;
+    }
+    let mut storage = StorageArgs { redis_url: Some(redis), nats_url: Some(nats), ..Default::default() };
+    for (service, url) in [
+        ("stock", &mut storage.stock_database_url),
+        ("order", &mut storage.order_database_url),
+        ("payment", &mut storage.payment_database_url),
+        ("coordinator", &mut storage.coordinator_database_url),
+    ] {
+        *url = Some(fresh_database(&base, service).await);
+    }
+    Some(storage)
 }
 
 async fn fresh_database(base: &str, service: &str) -> String {

@@ -4,5 +4,6 @@
 #![recursion_limit = "256"]
 
 mod kills;
+mod replicas;
 mod sale;
 mod traces;
