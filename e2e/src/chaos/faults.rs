@@ -290,14 +290,10 @@ impl Chaos {
         sleep(WINDOW).await;
         let mut waiting = orders.clone();
         while !waiting.is_empty() && due.elapsed() < SWEEP_BOUND {
-            let mut still = Vec::new();
-            for order in waiting {
-                if self.load.state(&order).await.as_deref() != Some("EXPIRED") {
-                    still.push(order);
-                }
-            }
-            waiting = still;
             sleep(Duration::from_millis(100)).await;
+            let states = join_all(waiting.iter().map(|order| self.load.state(order))).await;
+            let mut states = states.into_iter();
+            waiting.retain(|_| states.next().flatten().as_deref() != Some("EXPIRED"));
         }
         if !waiting.is_empty() {
             let what = format!("E18: {waiting:?} not expired {SWEEP_BOUND:?} after their deadline, NATS away");

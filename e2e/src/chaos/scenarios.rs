@@ -1,6 +1,7 @@
 //! Measurements that are made by themselves: many orders and one fault.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::{ErrorKind, Write},
     path::Path,
@@ -10,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use migrations::Service;
 use nix::mount::{MsFlags, mount, umount};
-use sea_orm::{DatabaseConnection, FromQueryResult, Statement};
+use sea_orm::{ConnectionTrait, DatabaseConnection, FromQueryResult, Statement};
 use seckill::{audit, backends::open_database, config::StorageArgs};
 use tokio::time::sleep;
 
@@ -25,51 +26,41 @@ const RESTART_BOUND: Duration = Duration::from_secs(5);
 const DEADLINE_BOUND_MS: i64 = 1000;
 
 impl Chaos {
-    /// `count` orders awaiting payment become due while no coordinator lives. Once they are back, every one of them
-    /// moves within five seconds.
+    /// Coordinators die twice with orders in flight, and each time all of those move within five seconds of the restart:
+    /// first in the middle of a rush, with orders accepted and not yet locked, then with `count` of them coming due.
     pub async fn in_flight(&mut self, count: usize) -> Result<()> {
-        let (sale, window) = self.fill(count).await?;
         let sagas = open_database(&self.storage, Service::Coordinator).await?;
-        let awaiting = Sagas { db: sagas, sale };
-        let before = awaiting.untouched().await?;
-        println!("{before} orders in flight; killing the coordinators");
-        let coordinators: Vec<usize> = self.fleet.of(Role::Coordinator).collect();
-        for &index in &coordinators {
-            self.fleet.kill(index);
+
+        let rush = self.load.create_sale("rush", count as u64, Duration::from_secs(3600)).await?;
+        let crowd = {
+            let (load, rush) = (self.load.clone(), rush.clone());
+            tokio::spawn(async move { load.crowd(&rush, count, LANES).await })
+        };
+        while self.load.accepted().len() < count / 2 {
+            ensure!(!crowd.is_finished(), "the rush ended early");
+            sleep(Duration::from_millis(5)).await;
         }
-        sleep(window).await;
-        let restarted = Instant::now();
-        for &index in &coordinators {
-            self.fleet.launch(index)?;
-        }
-        let mut ready = Duration::ZERO;
-        for &index in &coordinators {
-            ready = ready.max(self.fleet.until_ready(index, restarted).await?);
-        }
-        let limit = Duration::from_secs(120);
-        let mut left = before;
-        while left > 0 && restarted.elapsed() < limit {
-            left = awaiting.untouched().await?;
-            println!("  {:>5.2} s after the restart: {left} have not moved", restarted.elapsed().as_secs_f64());
-            sleep(Duration::from_millis(200)).await;
-        }
-        let moved = restarted.elapsed();
-        println!("ready after {:.2} s, all {before} moved after {:.2} s", ready.as_secs_f64(), moved.as_secs_f64());
-        if moved > RESTART_BOUND || left > 0 {
-            self.load.violation(format!("{left} of {before} orders had not moved {moved:?} after the restart"));
-        }
-        Ok(())
+        let restarted = self.restart_coordinators(Duration::ZERO).await?;
+        let accepted = self.load.accepted();
+        let sagas = Sagas(sagas);
+        let locked = async || Ok(accepted.difference(&sagas.of(&rush).await?).count());
+        self.all_move("accepted", accepted.len(), restarted, locked).await?;
+        crowd.await.context("the crowd")?;
+        // They would end in an hour.
+        self.load.forget();
+
+        let (sale, window) = self.fill(count).await?;
+        let restarted = self.restart_coordinators(window).await?;
+        self.all_move("due", count, restarted, async || sagas.awaiting(&sale).await).await
     }
 
-    /// `count` orders await payment, for longer than this takes. Coordinators that are restarted are ready within five
-    /// seconds and lock new orders.
-    pub async fn awaiting(&mut self, count: usize) -> Result<()> {
-        let sale = self.load.create_sale("awaiting", count as u64, Duration::from_secs(3600)).await?;
-        self.place(&sale, count).await?;
+    /// Kills all coordinators and, after a while without, starts them again. Answers when that was.
+    async fn restart_coordinators(&mut self, without: Duration) -> Result<Instant> {
         let coordinators: Vec<usize> = self.fleet.of(Role::Coordinator).collect();
         for &index in &coordinators {
             self.fleet.kill(index);
         }
+        sleep(without).await;
         let restarted = Instant::now();
         for &index in &coordinators {
             self.fleet.launch(index)?;
@@ -78,9 +69,45 @@ impl Chaos {
             let ready = self.fleet.until_ready(index, restarted).await?;
             println!("{} ready {:.2} s after its restart", self.fleet.replicas[index].name, ready.as_secs_f64());
             if ready > RESTART_BOUND {
-                self.load.violation(format!("ready {ready:?} after the restart with {count} orders awaiting payment"));
+                self.load
+                    .violation(format!("{} was ready {ready:?} after its restart", self.fleet.replicas[index].name));
             }
         }
+        Ok(restarted)
+    }
+
+    /// Waits until none is `left` that has not moved since the restart.
+    async fn all_move(
+        &self,
+        what: &str,
+        count: usize,
+        restarted: Instant,
+        left: impl AsyncFn() -> Result<usize>,
+    ) -> Result<()> {
+        const LIMIT: Duration = Duration::from_secs(60);
+        loop {
+            let (left, after) = (left().await?, restarted.elapsed());
+            println!(
+                "  {:>5.2} s after the restart: {left} of {count} {what} orders have not moved",
+                after.as_secs_f64()
+            );
+            if after > RESTART_BOUND && left > 0 {
+                self.load
+                    .violation(format!("{left} of {count} {what} orders have not moved {after:?} after the restart"));
+            }
+            if left == 0 || after > LIMIT {
+                return Ok(());
+            }
+            sleep(Duration::from_millis(250)).await;
+        }
+    }
+
+    /// `count` orders await payment, for longer than this takes. Coordinators that are restarted are ready within five
+    /// seconds and lock new orders.
+    pub async fn awaiting(&mut self, count: usize) -> Result<()> {
+        let sale = self.load.create_sale("awaiting", count as u64, Duration::from_secs(3600)).await?;
+        self.place(&sale, count).await?;
+        let restarted = self.restart_coordinators(Duration::ZERO).await?;
         let sale = self.load.create_sale("after", 10, Duration::from_secs(2)).await?;
         let held = self.load.hold("somebody", &sale).await;
         ensure!(held.is_some(), "nothing is locked after the restart");
@@ -137,26 +164,25 @@ impl Chaos {
     }
 }
 
-/// The sagas of a sale.
-struct Sagas {
-    db: DatabaseConnection,
-    sale: String,
-}
+/// The coordinator's table.
+struct Sagas(DatabaseConnection);
 
 impl Sagas {
-    /// How many still await payment. The first thing a due one does is to leave that state.
-    async fn untouched(&self) -> Result<i64> {
-        #[derive(FromQueryResult)]
-        struct Count {
-            waiting: i64,
-        }
-        let sql = format!(
-            "SELECT COUNT(*) AS waiting FROM coordinator_saga WHERE sale_id = '{}' AND state = 'AWAITING_PAYMENT'",
-            self.sale
-        );
-        let statement = Statement::from_string(self.db.get_database_backend(), sql);
-        let count = Count::find_by_statement(statement).one(&self.db).await.context("counting sagas")?;
-        Ok(count.context("a count is a row")?.waiting)
+    /// The orders of a sale that have one, which is to say that they were locked or refused.
+    async fn of(&self, sale: &str) -> Result<HashSet<String>> {
+        self.ids(sale, "").await
+    }
+
+    /// How many of a sale await payment. The first thing a due one does is to leave that state.
+    async fn awaiting(&self, sale: &str) -> Result<usize> {
+        Ok(self.ids(sale, "AND state = 'AWAITING_PAYMENT'").await?.len())
+    }
+
+    async fn ids(&self, sale: &str, only: &str) -> Result<HashSet<String>> {
+        let sql = format!("SELECT saga_id FROM coordinator_saga WHERE sale_id = '{sale}' {only}");
+        let statement = Statement::from_string(self.0.get_database_backend(), sql);
+        let rows = self.0.query_all_raw(statement).await.context("reading sagas")?;
+        rows.iter().map(|row| Ok(row.try_get("", "saga_id")?)).collect()
     }
 }
 

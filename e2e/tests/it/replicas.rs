@@ -30,6 +30,18 @@ async fn e16_a_replica_that_wakes_after_its_work_was_taken_over_changes_nothing(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn e19_ten_thousand_unpaid_orders_expire_on_time() {
+    let _turn = REAL_BACKENDS.lock().await;
+    let Some(storage) = fresh_storage("SECKILL_TEST_POSTGRES_URL").await else { return };
+    let logs = tempfile::tempdir().expect("a temporary folder");
+    let keeper = logs.path().join("nobody");
+    let start = Chaos::start(Path::new(PROGRAM), &storage, logs.path(), &keeper, SEED);
+    let mut chaos = start.await.expect("the mesh starts");
+    chaos.expiry(10_000).await.expect("the orders are placed");
+    assert!(Box::pin(chaos.verdict()).await.expect("a verdict"), "something was violated, see above");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn e16_a_rolling_restart_of_every_role_loses_no_request() {
     let _turn = REAL_BACKENDS.lock().await;
     let Some(storage) = fresh_storage("SECKILL_TEST_POSTGRES_URL").await else { return };
