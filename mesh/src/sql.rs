@@ -10,7 +10,7 @@ use std::{future::Future, pin::Pin, time::Duration};
 
 use sea_orm::{
     ConnectOptions, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IsolationLevel, RuntimeErr, SqlErr,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait, sqlx::Connection as _,
 };
 
 use crate::chance;
@@ -49,6 +49,17 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
     options.sqlx_logging(false).acquire_timeout(Duration::from_secs(5)).connect_timeout(Duration::from_secs(5));
     if url.starts_with("sqlite:") {
         options.max_connections(1).min_connections(1).idle_timeout(None).max_lifetime(None);
+        // When there is no room, SQLite rolls back by itself. Its driver then takes the next transactions for parts of one
+        // that nobody ever commits: they would be seen here and lost with this connection.
+        options.map_sqlx_sqlite_pool_opts(|pool| {
+            pool.after_release(|connection, _| {
+                Box::pin(async move {
+                    // Answered after a rollback that was only asked for.
+                    connection.ping().await?;
+                    Ok(!connection.is_in_transaction())
+                })
+            })
+        });
         options.map_sqlx_sqlite_opts(|o| {
             o.create_if_missing(true)
                 .foreign_keys(false)
@@ -185,5 +196,29 @@ mod tests {
         let mut all = cut.concat();
         all.dedup();
         assert_eq!(all, keys);
+    }
+
+    /// E21, on SQLite: what it does by itself when the disk is full must not cost what is committed later.
+    #[tokio::test]
+    async fn what_is_committed_after_sqlite_has_rolled_back_by_itself_is_on_disk() {
+        use sea_orm::{ConnectionTrait, Statement};
+        let database = crate::testing::sqlite().await;
+        let run = async |sql: &'static str, fails: bool| {
+            transaction(&database.connection, move |tx| {
+                Box::pin(async move {
+                    tx.execute_unprepared(sql).await?;
+                    if fails { Err(Error::Domain(proto::Error::internal("no room"))) } else { Ok(()) }
+                })
+            })
+            .await
+        };
+        run("CREATE TABLE rows_of_ours (id INTEGER PRIMARY KEY)", false).await.unwrap();
+        run("ROLLBACK", true).await.unwrap_err();
+        run("INSERT INTO rows_of_ours VALUES (1)", true).await.unwrap_err();
+        run("INSERT INTO rows_of_ours VALUES (2)", false).await.unwrap();
+        let other = connect(&database.url).await.unwrap();
+        let all = Statement::from_string(DbBackend::Sqlite, "SELECT id FROM rows_of_ours");
+        let seen = other.query_all_raw(all).await.unwrap();
+        assert_eq!(seen.len(), 1, "another connection sees what was committed, and nothing else");
     }
 }

@@ -462,6 +462,28 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn what_is_published_after_sqlite_has_rolled_back_by_itself_is_on_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, tasks) = (dir.path().join("bus.db"), TaskTracker::new());
+        let bus = SqliteBus::open(&path, Clock::tokio(), &tasks).await.unwrap();
+        drop(lane(&bus).await);
+        for rolls_back in [true, false] {
+            let mut queue = bus.core.queue.lock().await;
+            let mut session = queue.begin().await.unwrap();
+            session.publish("S", vec![message(1)]).await.unwrap();
+            if rolls_back {
+                session.roll_back_as_when_there_is_no_room().await;
+            }
+        }
+        bus.publish("S", vec![message(2)]).await.remove(0).unwrap();
+        drop(bus);
+        tasks.close();
+        tasks.wait().await;
+        let bus = SqliteBus::open(&path, Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        assert_eq!(bus.last_sequence("S").await.unwrap(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_file_in_use_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("bus.db");

@@ -37,6 +37,7 @@ type Result<T> = sqlx::Result<T>;
 /// The connection and its mirror.
 #[derive(Debug)]
 pub(super) struct Queue {
+    options: SqliteConnectOptions,
     connection: SqliteConnection,
     mirror: Mirror,
     trusted: bool,
@@ -113,7 +114,7 @@ impl Queue {
         let mut connection = SqliteConnection::connect_with(&options).await?;
         sqlx::raw_sql(include_str!("schema.sql")).execute(&mut connection).await?;
         let mirror = Mirror::read(&mut connection, &mut Mirror::default(), clock.now_ms()).await?;
-        Ok(Self { connection, mirror, trusted: true, clock })
+        Ok(Self { options, connection, mirror, trusted: true, clock })
     }
 
     /// Starts a transaction. Drops what is too old, so that nothing else need think of it.
@@ -134,6 +135,13 @@ impl Queue {
 
     async fn trust(&mut self) -> Result<()> {
         if !self.trusted {
+            // Answered after a rollback that was only asked for. When there is no room SQLite rolls back by itself, and
+            // its driver would take what comes for parts of a transaction that nobody ever commits.
+            self.connection.ping().await?;
+            if self.connection.is_in_transaction() {
+                let fresh = SqliteConnection::connect_with(&self.options).await?;
+                std::mem::replace(&mut self.connection, fresh).close_hard().await?;
+            }
             self.mirror = Mirror::read(&mut self.connection, &mut self.mirror, self.clock.now_ms()).await?;
             self.trusted = true;
         }
@@ -316,6 +324,12 @@ impl Consumer {
 }
 
 impl Session<'_> {
+    /// What SQLite does by itself then, and its driver does not know.
+    #[cfg(test)]
+    pub(super) async fn roll_back_as_when_there_is_no_room(&mut self) {
+        sqlx::raw_sql("ROLLBACK").execute(&mut *self.tx).await.unwrap();
+    }
+
     /// Makes it durable. Answers the consumers that may have something to fetch now.
     pub(super) async fn commit(self) -> Result<BTreeSet<i64>> {
         self.tx.commit().await?;
