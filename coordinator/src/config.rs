@@ -125,7 +125,7 @@ impl Default for Config {
             funnel_workers: 3,
             funnel_retry_ms: 100,
             lane_batch: 512,
-            ack_wait_ms: 4_000,
+            ack_wait_ms: 3_000,
             lane_pending: 10_000,
             lane_refresh_ms: 3_000,
             deadline_sweep_ms: 250,
