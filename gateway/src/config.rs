@@ -13,7 +13,7 @@ pub struct Config {
 
     /// How long a public call may take before it is answered with DEADLINE_EXCEEDED. A reader's own `wait` is added;
     /// event streams last as long as they like
-    #[arg(long, env = "SECKILL_REQUEST_TIMEOUT", default_value = "10s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_REQUEST_TIMEOUT", default_value = "10s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub request_timeout: Duration,
 
     /// Event streams and long polls at once, of orders and of sales each. One more is refused with OVERLOADED
@@ -24,15 +24,6 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self { max_in_flight: 20_000, request_timeout: Duration::from_secs(10), max_watchers: 100_000 }
-    }
-}
-
-/// Reads "10s" or "0.5s", as the API writes durations, and nothing that would refuse every call.
-fn duration(text: &str) -> Result<Duration, String> {
-    let duration: prost_types::Duration = text.parse().map_err(|_| "must be seconds, such as 10s".to_owned())?;
-    match Duration::try_from(duration) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err("must be above zero".to_owned()),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod batch;
 pub mod bus;
 pub mod chance;
 pub mod clock;
+pub mod duration;
 pub mod identity;
 pub mod layers;
 pub mod lifecycle;

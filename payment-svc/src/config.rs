@@ -20,7 +20,7 @@ pub struct Config {
 
     /// How long a call to the provider may take. A charge that takes longer is answered as PENDING and asked for until
     /// its outcome is known
-    #[arg(long, env = "SECKILL_PROVIDER_TIMEOUT", default_value = "1.5s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_PROVIDER_TIMEOUT", default_value = "1.5s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub provider_timeout: Duration,
 
     /// What the provider signs its webhooks with. Without it the simulated provider makes a secret of its own, and
@@ -29,7 +29,7 @@ pub struct Config {
     pub provider_webhook_secret: Option<String>,
 
     /// When the simulated provider captures a charge by sim_timeout, whose call it never answers
-    #[arg(long, env = "SECKILL_SIM_LATE_CAPTURE", default_value = "3s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_SIM_LATE_CAPTURE", default_value = "3s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub sim_late_capture: Duration,
 }
 
@@ -71,15 +71,6 @@ impl Config {
                 Ok(Arc::new(SimProvider::start(db, clock, config, life)))
             }
         }
-    }
-}
-
-/// Reads "3s" or "1.5s", as the API writes durations.
-fn duration(text: &str) -> Result<Duration, String> {
-    let duration: prost_types::Duration = text.parse().map_err(|_| "must be seconds, such as 1.5s".to_owned())?;
-    match Duration::try_from(duration) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err("must be above zero".to_owned()),
     }
 }
 

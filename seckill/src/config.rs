@@ -131,7 +131,7 @@ pub struct CommonArgs {
     #[arg(long, env = "SECKILL_ADMIN_LISTEN", default_value = "127.0.0.1:9090", value_name = "ADDR")]
     pub admin_listen: SocketAddr,
     /// How long a stop waits for what is in flight.
-    #[arg(long, env = "SECKILL_SHUTDOWN_GRACE", default_value = "20s", value_name = "DURATION", value_parser = duration)]
+    #[arg(long, env = "SECKILL_SHUTDOWN_GRACE", default_value = "20s", value_name = "DURATION", value_parser = mesh::duration::parse)]
     pub shutdown_grace: Duration,
     /// Apply pending migrations at start. On by default; turn off where a job of yours does it.
     #[arg(long, env = "SECKILL_MIGRATE", default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
@@ -242,7 +242,7 @@ pub struct TokenArgs {
     #[arg(long, default_value = "buyer", value_delimiter = ' ', num_args = 1..)]
     pub scope: Vec<String>,
     /// How long it is good.
-    #[arg(long, default_value = "1h", value_parser = duration)]
+    #[arg(long, default_value = "1h", value_parser = mesh::duration::parse)]
     pub ttl: Duration,
     /// Where embedded backends keep their files, the signing key among them.
     #[arg(long, env = "SECKILL_DATA_DIR", default_value = "./seckill-data", value_name = "DIR")]
@@ -270,22 +270,6 @@ pub enum MigrateAction {
     Up,
     /// Show what is applied.
     Status,
-}
-
-/// Reads "250ms", "5s", "15m", "2h" or "7d".
-pub fn duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or("wants a unit: ms, s, m, h or d")?;
-    let (number, unit) = text.split_at(split);
-    let number: f64 = number.parse().map_err(|_| format!("{number:?} is not a number"))?;
-    let seconds = match unit {
-        "ms" => number / 1000.0,
-        "s" => number,
-        "m" => number * 60.0,
-        "h" => number * 3600.0,
-        "d" => number * 86_400.0,
-        _ => return Err(format!("{unit:?} is not a unit: ms, s, m, h or d")),
-    };
-    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
 }
 
 /// Parses the command line. `cargo xtask up` leaves the addresses and keys of its mesh in `target/up.env`; the verbs
@@ -335,16 +319,6 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         <Cli as clap::CommandFactory>::command().debug_assert();
-    }
-
-    #[test]
-    fn durations_read_as_people_write_them() {
-        assert_eq!(duration("5s"), Ok(Duration::from_secs(5)));
-        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
-        assert_eq!(duration("1.5h"), Ok(Duration::from_secs(5400)));
-        for bad in ["", "5", "s", "5 parsecs", "-5s"] {
-            assert!(duration(bad).is_err(), "{bad:?}");
-        }
     }
 
     #[test]

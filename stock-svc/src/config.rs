@@ -8,16 +8,16 @@ use std::time::Duration;
 pub struct Config {
     /// How old a grant must be before it is given back when no order came of it. Longer than any purchase takes from
     /// permit to stream
-    #[arg(long, env = "SECKILL_GRANT_GRACE", default_value = "10s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_GRANT_GRACE", default_value = "10s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub grant_grace: Duration,
 
     /// After how long a rebuild warns that the orders accepted before it are not locked yet. It goes on waiting: every
     /// accepted order keeps its unit
-    #[arg(long, env = "SECKILL_REBUILD_DRAIN_TIMEOUT", default_value = "30s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_REBUILD_DRAIN_TIMEOUT", default_value = "30s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub rebuild_drain_timeout: Duration,
 
     /// How long another process may rebuild before this one takes over
-    #[arg(long, env = "SECKILL_REBUILD_TAKEOVER", default_value = "10s", value_parser = duration, value_name = "DURATION")]
+    #[arg(long, env = "SECKILL_REBUILD_TAKEOVER", default_value = "10s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub rebuild_takeover: Duration,
 }
 
@@ -28,15 +28,6 @@ impl Default for Config {
             rebuild_drain_timeout: Duration::from_secs(30),
             rebuild_takeover: Duration::from_secs(10),
         }
-    }
-}
-
-/// Reads "3s" or "1.5s", as the API writes durations.
-fn duration(text: &str) -> Result<Duration, String> {
-    let duration: prost_types::Duration = text.parse().map_err(|_| "must be seconds, such as 1.5s".to_owned())?;
-    match Duration::try_from(duration) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err("must be above zero".to_owned()),
     }
 }
 

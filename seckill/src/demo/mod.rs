@@ -38,7 +38,7 @@ use self::{
 use crate::{
     assembly::{Mesh, Options},
     audit,
-    config::{CommonArgs, RoleConfigs, StorageArgs, duration},
+    config::{CommonArgs, RoleConfigs, StorageArgs},
     tools,
 };
 
@@ -55,7 +55,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub stock: u32,
     /// How long a unit is held for payment. In a rush of many thousand orders five seconds are not enough for most to pay.
-    #[arg(long, default_value = "15s", value_parser = duration)]
+    #[arg(long, default_value = "15s", value_parser = mesh::duration::parse)]
     pub payment_window: Duration,
     /// Of 100 who hold a unit, how many pay. The rest of 100 walk away.
     #[arg(long, default_value_t = 70, value_parser = clap::value_parser!(u8).range(0..=100))]
@@ -67,7 +67,7 @@ pub struct DemoArgs {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(0..=100))]
     pub cancel: u8,
     /// How long a buyer keeps trying while all units are held.
-    #[arg(long, default_value = "90s", value_parser = duration)]
+    #[arg(long, default_value = "90s", value_parser = mesh::duration::parse)]
     pub patience: Duration,
     /// Connections that the buyers share.
     #[arg(long, default_value_t = 128)]
