@@ -10,7 +10,7 @@
 //! - It can be lost at any moment: then the order is read like any other. Its size is bounded.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, VecDeque, hash_map::Entry},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -54,8 +54,10 @@ impl Accepted {
             let Some((_, oldest)) = inner.ages.pop_front() else { break };
             inner.orders.remove(&oldest);
         }
-        if inner.orders.insert(id, Arc::new(order.clone())).is_none() {
-            inner.ages.push_back((now, id));
+        let Inner { orders, ages } = &mut *inner;
+        if let Entry::Vacant(place) = orders.entry(id) {
+            place.insert(Arc::new(order.clone()));
+            ages.push_back((now, id));
         }
     }
 
@@ -107,6 +109,8 @@ mod tests {
             assert_eq!(accepted.find(&id).unwrap().state(), OrderState::Placed);
         }
         accepted.learn(&id, &Arc::new(order(id, OrderState::AwaitingPayment)));
+        // The answer of a second call with the same key, which left before the signal did.
+        accepted.keep(id, &order(id, OrderState::Placed));
         assert_eq!(accepted.find(&id).unwrap().state(), OrderState::AwaitingPayment);
         assert_eq!(accepted.find(&id), None, "from then on the record is asked");
     }

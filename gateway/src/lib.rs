@@ -141,7 +141,8 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let limits =
         ServerConfig { max_in_flight: config.max_in_flight, max_timeout: config.request_timeout + LONGEST_WAIT };
     let public = layers::server(Front::new(rpcs, config.request_timeout), limits);
-    let door = Door { json: Arc::new(Transcoder::new(contract, public.clone())), public, tools: tools(life).await? };
+    let json = Arc::new(Transcoder::new(contract, public.clone(), config.request_timeout));
+    let door = Door { json, public, tools: tools(life).await? };
 
     let document = axum::body::Bytes::from(document);
     let serve_document = move || {

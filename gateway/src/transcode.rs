@@ -4,7 +4,10 @@
 //! the request message; the call goes through the same stack as any gRPC call (gate, deadline, identity, handler); its
 //! answer becomes JSON, a stream of answers becomes server-sent events, its status becomes an error body.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::body::Body;
 use bytes::Bytes;
@@ -15,6 +18,7 @@ use percent_encoding::percent_decode_str;
 use prost::Message;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Value};
 use proto::{Error, Reason, v1::OrderState};
+use tokio::time::timeout;
 use tonic::{
     client::{Grpc, GrpcService},
     metadata::MetadataMap,
@@ -40,6 +44,8 @@ const FORWARDED: [HeaderName; 3] =
 pub struct Transcoder<S> {
     contract: Arc<Contract>,
     rpc: S,
+    /// How long a request's body may take to come. What comes after has its own deadline.
+    patience: Duration,
     /// One a route, in the contract's order: looking one up by its labels costs more than recording.
     seconds: Vec<Histogram>,
 }
@@ -51,14 +57,14 @@ where
     <S::ResponseBody as http_body::Body>::Error: Into<mesh::link::BoxError> + Send,
     S::Future: Send,
 {
-    /// Over these routes, calling this stack.
-    pub fn new(contract: Arc<Contract>, rpc: S) -> Self {
+    /// Over these routes, calling this stack. A body must have come after `patience`.
+    pub fn new(contract: Arc<Contract>, rpc: S, patience: Duration) -> Self {
         mesh::telemetry::prometheus();
         metrics::describe_counter!("seckill_http_requests_total", "HTTP requests answered, by route and status");
         metrics::describe_histogram!("seckill_http_request_seconds", "time until an HTTP answer began, in seconds");
         let seconds =
             |route: &Route| metrics::histogram!("seckill_http_request_seconds", "route" => route.template.clone());
-        Self { seconds: contract.routes().iter().map(seconds).collect(), contract, rpc }
+        Self { seconds: contract.routes().iter().map(seconds).collect(), contract, rpc, patience }
     }
 
     /// Answers a request. Never fails: what goes wrong is an answer too.
@@ -89,7 +95,8 @@ where
         body: Body,
     ) -> Result<Response<Body>, Error> {
         let mut message = if route.has_body {
-            let body = read(&parts.headers, body).await?;
+            let late = |_| Error::new(Reason::DeadlineExceeded, "the body took too long");
+            let body = timeout(self.patience, read(&parts.headers, body)).await.map_err(late)??;
             json::read_body(&route.input, &body)?
         } else {
             DynamicMessage::new(route.input.clone())

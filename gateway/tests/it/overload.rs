@@ -5,6 +5,10 @@ use std::{sync::atomic::Ordering, time::Duration};
 use gateway::Config;
 use mesh::testing::eventually;
 use proto::v1::{OrderState, PlaceOrderRequest, orders_client::OrdersClient};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
@@ -51,6 +55,22 @@ async fn e46_e50_what_is_too_much_is_refused_at_once_and_health_answers() {
     assert!(alice.status.is_success() && bob.status.is_success(), "those who were in are served");
     let carol = door.post("/v1/orders", GOOD).buyer("carol").key(KEY).send().await;
     assert!(carol.status.is_success(), "and the others when there is room again");
+}
+
+#[tokio::test]
+async fn e47_who_announces_a_body_and_does_not_send_it_is_not_waited_for() {
+    let door = Door::with(Config { request_timeout: Duration::from_millis(50), ..Config::default() }).await;
+    let mut wire = TcpStream::connect(door.address).await.unwrap();
+    let head = format!(
+        "POST /v1/orders HTTP/1.1\r\nhost: shop\r\nauthorization: Bearer {}\r\ncontent-length: 36\r\n\r\n{{",
+        door.token("alice", "buyer")
+    );
+    wire.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 4096];
+    let length = wire.read(&mut answer).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
+    assert!(answer.starts_with("HTTP/1.1 504") && answer.contains("DEADLINE_EXCEEDED"), "{answer}");
+    assert_eq!(door.fakes.effects(), 0);
 }
 
 #[tokio::test]
