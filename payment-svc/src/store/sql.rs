@@ -16,7 +16,7 @@ use sea_orm::{
     ActiveValue::{NotSet, Set},
     DatabaseConnection, DatabaseTransaction, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
     prelude::*,
-    sea_query::OnConflict,
+    sea_query::{LockBehavior, LockType, OnConflict},
 };
 
 use super::{Announcement, Open, Request, Store};
@@ -189,6 +189,8 @@ impl Store for SqlStore {
                     .filter(due())
                     .order_by_asc(charge::Column::AskAt)
                     .limit(limit)
+                    // What another process is taking right now is not waited for.
+                    .lock_with_behavior(LockType::Update, LockBehavior::SkipLocked)
                     .all(tx)
                     .await?;
                 if rows.is_empty() {

@@ -64,11 +64,22 @@ impl Engine {
             .await;
         let mut now_odd = Oddities::new();
         for (header, record) in headers {
-            let header = header?;
             let sale = &record.sale.id;
+            // One sale whose permits cannot be read, or are nonsense, must not keep the others unguarded.
+            let header = match header {
+                Ok(header) => header,
+                Err(error) => {
+                    tracing::warn!(%sale, %error, "a sale's permits could not be looked at");
+                    continue;
+                }
+            };
             match need(header.as_ref(), &record, &server, self.0.config.rebuild_takeover) {
                 Need::Nothing => {}
-                Need::Facts => drop(self.0.permits.set_facts(sale, &record.facts()).await?),
+                Need::Facts => {
+                    if let Err(error) = self.0.permits.set_facts(sale, &record.facts()).await {
+                        tracing::warn!(%sale, %error, "a sale's permits could not be told of a change");
+                    }
+                }
                 Need::Rebuild => self.trigger_rebuild(sale),
                 // Whoever was rebuilding when this process started was most likely its former life.
                 Need::Patience(_) if is_first => self.trigger_rebuild(sale),
