@@ -15,6 +15,10 @@ use sea_orm::{
 
 use crate::chance;
 
+/// A transaction of a server that takes longer is given up. Without an end, a connection that a dead machine left behind
+/// would hold its caller for as long as TCP hopes, which is a quarter of an hour. Longer than any caller waits.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How often a transaction that lost against another is begun again.
 const ATTEMPTS: u32 = 10;
 
@@ -90,7 +94,7 @@ where
 {
     let mut attempt = 1;
     loop {
-        match once(db, &work).await {
+        match in_time(db, once(db, &work)).await {
             Err(Error::Db(error)) if attempt < ATTEMPTS && lost_against_another(&error) => {
                 tracing::debug!(%error, attempt, "transaction begun again");
                 metrics::counter!("seckill_sql_retries_total").increment(1);
@@ -102,6 +106,15 @@ where
             result => return result,
         }
     }
+}
+
+/// SQLite has no network, and its own limits.
+async fn in_time<T>(db: &DatabaseConnection, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    if db.get_database_backend() == DbBackend::Sqlite {
+        return work.await;
+    }
+    let late = |_| Error::Db(DbErr::Custom(format!("no end of a transaction within {PATIENCE:?}")));
+    tokio::time::timeout(PATIENCE, work).await.map_err(late)?
 }
 
 async fn once<T, F>(db: &DatabaseConnection, work: &F) -> Result<T, Error>
