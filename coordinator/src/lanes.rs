@@ -36,7 +36,8 @@ const FETCH_WAIT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(500);
 /// A due order that the funnel has not written yet is asked for again.
 const FUNNEL_LAG: Duration = Duration::from_millis(200);
-/// So long after its deadline an order without a saga is left to the funnel alone, whose sweep finds it overdue.
+/// So long after its deadline an order without a saga is left to the funnel alone: once it is written, the deadline
+/// sweep finds it overdue.
 const GIVE_UP_MS: i64 = 10 * 60 * 1000;
 
 /// All lanes of this process. Cheap to clone.

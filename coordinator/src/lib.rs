@@ -52,8 +52,8 @@ pub use config::Config;
 
 use crate::engine::runner::{Direction, Engine};
 
-/// A week: longer than any payment window, and than any outage that anybody waits for.
-const MAX_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+/// A day longer than the longest payment window, so that no deadline is dropped unread.
+const MAX_AGE: Duration = Duration::from_secs(8 * 24 * 3600);
 /// A batch of orders with long names stays far below it.
 const MAX_MESSAGE: usize = 16 << 20;
 /// How often the gauge of stuck sagas is brought up to date.

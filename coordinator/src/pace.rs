@@ -5,7 +5,9 @@
 //! for it (I9), and is told to come again when a little was not enough: with a database away, that is everybody (E21).
 //!
 //! The backlog is the bus's own count, read every so often; in between, what is accepted here is counted. With several
-//! coordinators each allows as much, so the bound is theirs together only in order of magnitude.
+//! coordinators each allows as much, so the bound is theirs together only in order of magnitude. What the funnel has in
+//! hand or has put back for a moment is not counted: orders of one sale whose permits are being rebuilt must not hold up
+//! the others, and the consumer's limit of unsettled messages bounds them.
 
 use std::{sync::Arc, time::Duration};
 
