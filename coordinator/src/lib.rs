@@ -21,12 +21,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use mesh::{
-    bus::{SharedBus, StreamSpec},
-    clock::Clock,
-    lifecycle::Lifecycle,
-    link::Link,
-};
+use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle, link::Link};
 use proto::{internal::coordinator_server::CoordinatorServer, subjects};
 
 pub mod accept;
@@ -52,8 +47,6 @@ pub use config::Config;
 
 use crate::engine::runner::{Direction, Engine};
 
-/// A day longer than the longest payment window, so that no deadline is dropped unread.
-const MAX_AGE: Duration = Duration::from_secs(8 * 24 * 3600);
 /// A batch of orders with long names stays far below it.
 const MAX_MESSAGE: usize = 16 << 20;
 /// How often the gauge of stuck sagas is brought up to date.
@@ -76,25 +69,10 @@ pub struct Backends {
     pub payment: Link,
 }
 
-/// The stream of accepted orders.
-pub fn orders_stream() -> StreamSpec {
-    StreamSpec { name: subjects::ORDERS, subjects: vec![subjects::ORDERS_PLACED_ALL], max_age: MAX_AGE }
-}
-
-/// The stream of what happened.
-pub fn events_stream() -> StreamSpec {
-    StreamSpec { name: subjects::EVENTS, subjects: vec![subjects::ORDERS_PAID], max_age: MAX_AGE }
-}
-
-/// payment-svc's stream, as it declares it: whoever comes first makes it.
-fn payments_stream() -> StreamSpec {
-    StreamSpec { name: subjects::PAYMENTS, subjects: vec![subjects::PAYMENTS_SETTLED], max_age: MAX_AGE }
-}
-
 /// Starts the role; it serves as soon as this returns.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
-    for stream in [orders_stream(), events_stream(), payments_stream()] {
-        backends.bus.ensure_stream(&stream).await?;
+    for stream in [subjects::ORDERS_STREAM, subjects::EVENTS_STREAM, subjects::PAYMENTS_STREAM] {
+        backends.bus.ensure_stream(&stream.into()).await?;
     }
     let ms = Duration::from_millis;
     let store = backends.store;

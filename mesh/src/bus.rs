@@ -19,6 +19,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use proto::subjects;
 use tokio::sync::broadcast;
 
 #[cfg(any(test, feature = "testing"))]
@@ -49,6 +50,12 @@ pub struct StreamSpec {
     pub subjects: Vec<&'static str>,
     /// Messages older than this are dropped, consumed or not.
     pub max_age: Duration,
+}
+
+impl From<subjects::Stream> for StreamSpec {
+    fn from(stream: subjects::Stream) -> Self {
+        Self { name: stream.name, subjects: vec![stream.subject], max_age: stream.kept_for }
+    }
 }
 
 /// A message to publish.

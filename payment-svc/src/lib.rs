@@ -19,11 +19,7 @@
 
 use std::sync::Arc;
 
-use mesh::{
-    bus::{SharedBus, StreamSpec},
-    clock::Clock,
-    lifecycle::Lifecycle,
-};
+use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle};
 use proto::{internal::payments_server::PaymentsServer, subjects};
 
 mod config;
@@ -51,19 +47,10 @@ pub struct Backends {
     pub provider: Arc<dyn provider::Provider>,
 }
 
-/// Outcomes of charges.
-pub fn stream() -> StreamSpec {
-    StreamSpec {
-        name: subjects::PAYMENTS,
-        subjects: vec![subjects::PAYMENTS_SETTLED],
-        max_age: std::time::Duration::from_secs(7 * 24 * 60 * 60),
-    }
-}
-
 /// Starts the role; it serves as soon as this returns. What an earlier life left open is taken up again.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
     let Backends { store, bus, clock, provider } = backends;
-    bus.ensure_stream(&stream()).await?;
+    bus.ensure_stream(&subjects::PAYMENTS_STREAM.into()).await?;
     let relay = relay::start(store.clone(), bus, life);
     let payments = payments::Payments::start(&config, store, provider.clone(), clock, relay, life);
     resolver::start(payments.clone(), life);

@@ -9,6 +9,27 @@ pub const PAYMENTS: &str = "PAYMENTS";
 /// What happened, for delivery and whoever else cares.
 pub const EVENTS: &str = "EVENTS";
 
+/// A stream, as whoever starts first makes it. Declared here alone: those who disagree would undo each other's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream {
+    /// Its name.
+    pub name: &'static str,
+    /// The pattern of subjects that it keeps.
+    pub subject: &'static str,
+    /// Messages older than this are dropped, consumed or not.
+    pub kept_for: Duration,
+}
+
+/// A day longer than the longest payment window, so that no deadline is dropped unread.
+const KEPT_FOR: Duration = Duration::from_secs(8 * 24 * 3600);
+
+/// [`ORDERS`].
+pub const ORDERS_STREAM: Stream = Stream { name: ORDERS, subject: ORDERS_PLACED_ALL, kept_for: KEPT_FOR };
+/// [`PAYMENTS`].
+pub const PAYMENTS_STREAM: Stream = Stream { name: PAYMENTS, subject: PAYMENTS_SETTLED, kept_for: KEPT_FOR };
+/// [`EVENTS`].
+pub const EVENTS_STREAM: Stream = Stream { name: EVENTS, subject: ORDERS_PAID, kept_for: KEPT_FOR };
+
 /// Every accepted order, whatever its lane.
 pub const ORDERS_PLACED_ALL: &str = "orders.placed.>";
 /// Outcomes of charges.

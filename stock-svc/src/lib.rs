@@ -21,13 +21,7 @@
 
 #![deny(missing_docs)]
 
-use std::time::Duration;
-
-use mesh::{
-    bus::{SharedBus, StreamSpec},
-    clock::Clock,
-    lifecycle::Lifecycle,
-};
+use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle};
 use proto::{internal::stock_server::StockServer, subjects};
 
 mod config;
@@ -52,20 +46,11 @@ pub struct Backends {
     pub clock: Clock,
 }
 
-/// Accepted orders, as their publisher declares them: whoever starts first makes the stream.
-fn orders() -> StreamSpec {
-    StreamSpec {
-        name: subjects::ORDERS,
-        subjects: vec![subjects::ORDERS_PLACED_ALL],
-        max_age: Duration::from_secs(7 * 24 * 60 * 60),
-    }
-}
-
 /// Starts the role; it serves as soon as this returns. Permits that are missing are rebuilt in the background, which
 /// may wait for the coordinator's funnel; their buyers are told STOCK_REBUILDING meanwhile.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
     let Backends { store, permits, bus, clock } = backends;
-    bus.ensure_stream(&orders()).await?;
+    bus.ensure_stream(&subjects::ORDERS_STREAM.into()).await?;
     let engine = engine::Engine::start(config, store, permits, bus, clock, life).await?;
     Ok(tonic::service::Routes::new(StockServer::new(service::Service::new(engine, life))))
 }

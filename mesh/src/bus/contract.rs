@@ -25,6 +25,7 @@ const NOTHING: Duration = Duration::from_millis(150);
 macro_rules! bus_contract {
     ($storage:path) => {
         $crate::bus::contract::bus_contract! { $storage;
+            releases_that_disagree_on_a_stream_make_it_together
             a_message_published_twice_is_there_once
             a_publish_that_nothing_keeps_fails
             messages_arrive_whole_and_in_order
@@ -158,6 +159,22 @@ pub async fn a_message_published_twice_is_there_once(storage: Storage) {
     assert_eq!(results[1].sequence, results[4].sequence);
     assert_eq!(bus.last_sequence(s).await.unwrap(), 2);
     assert_eq!(publish(&bus, s, "a", 2..4).await.iter().map(|p| p.duplicate).collect::<Vec<_>>(), [true, false]);
+}
+
+/// Several processes start at once, some of them of another release.
+pub async fn releases_that_disagree_on_a_stream_make_it_together(storage: Storage) {
+    let bus = storage().await;
+    let name = unique("T");
+    let declared = |days: u64| StreamSpec {
+        name,
+        subjects: vec![format!("{name}.>").leak()],
+        max_age: Duration::from_secs(days * 86_400),
+    };
+    let specs: Vec<StreamSpec> = [7, 8, 7, 8].map(declared).into();
+    for ensured in futures::future::join_all(specs.iter().map(|spec| bus.ensure_stream(spec))).await {
+        ensured.unwrap();
+    }
+    assert_eq!(publish(&bus, name, "a", 0..1).await[0].sequence, 1);
 }
 
 /// One bad message of a batch fails alone.

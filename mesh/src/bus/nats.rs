@@ -487,24 +487,35 @@ impl Link {
         let operation = "ensure a stream";
         let dedupe = if max_age.is_zero() { DEDUPE } else { DEDUPE.min(max_age) };
         let ours = json!({ "subjects": subjects, "max_age": nanos(max_age), "duplicate_window": nanos(dedupe) });
-        let (verb, mut config) = match self.api(operation, format!("STREAM.INFO.{name}"), &json!({})).await? {
-            Some(mut info) => ("UPDATE", info["config"].take()),
-            None => {
-                let config = json!({
-                    "name": name, "retention": "limits", "storage": "file", "discard": "old", "num_replicas": 1,
-                    "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_msg_size": -1,
-                });
-                ("CREATE", config)
+        let mut is_second_look = false;
+        loop {
+            let info = self.api(operation, format!("STREAM.INFO.{name}"), &json!({})).await?;
+            let is_new = info.is_none();
+            let before = info.map_or_else(
+                || {
+                    json!({
+                        "name": name, "retention": "limits", "storage": "file", "discard": "old", "num_replicas": 1,
+                        "max_consumers": -1, "max_msgs": -1, "max_bytes": -1, "max_msg_size": -1,
+                    })
+                },
+                |mut info| info["config"].take(),
+            );
+            let mut config = before.clone();
+            for (key, value) in ours.as_object().into_iter().flatten() {
+                config[key] = value.clone();
             }
-        };
-        let before = config.clone();
-        for (key, value) in ours.as_object().into_iter().flatten() {
-            config[key] = value.clone();
+            if config == before {
+                return Ok(());
+            }
+            let verb = if is_new { "CREATE" } else { "UPDATE" };
+            match self.api(operation, format!("STREAM.{verb}.{name}"), &config).await {
+                Ok(Some(_)) => return Ok(()),
+                Ok(None) => return Err(Error::Refused { operation, message: format!("{name} went away meanwhile") }),
+                // Somebody else, perhaps of another release, has just made it otherwise.
+                Err(Error::Refused { .. }) if is_new && !is_second_look => is_second_look = true,
+                Err(error) => return Err(error),
+            }
         }
-        if config != before && self.api(operation, format!("STREAM.{verb}.{name}"), &config).await?.is_none() {
-            return Err(Error::Refused { operation, message: format!("{name} went away meanwhile") });
-        }
-        Ok(())
     }
 
     /// One stored message, by sequence or by subject.
