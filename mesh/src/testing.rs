@@ -4,9 +4,13 @@
 //! `cargo xtask test` sees to; with `SECKILL_TEST_REQUIRE_SERVERS=1` a missing one fails the test instead of being
 //! passed over.
 
+mod at_once;
+
 use std::time::Duration;
 
 use sea_orm::{ConnectionTrait, DatabaseConnection};
+
+pub use at_once::{Back, at_once, within_a_step};
 
 /// A fresh, empty database. A SQLite one is deleted with this value; a server's lives as long as the test server.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::{
     sync::{PoisonError, atomic::Ordering},
 };
 
-use mesh::clock::Clock;
+use mesh::{clock::Clock, testing::at_once};
 use proto::{SaleId, v1::OrderState};
 use sea_orm::{ConnectionTrait, Statement};
 use seckill::audit::Audit;
@@ -16,7 +16,6 @@ use stock_svc::{
 };
 
 use crate::{
-    data::at_once,
     people::{SALE, Told},
     world::World,
 };

@@ -16,11 +16,12 @@ use std::{
     time::Duration,
 };
 
+use mesh::testing::within_a_step;
 use proto::OrderId;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::{data::within_a_step, plan::Plan};
+use crate::plan::Plan;
 
 /// What a role reaches through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

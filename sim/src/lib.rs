@@ -5,7 +5,8 @@
 //! Then all is calm, and within bounded time everything must have come to a good end ([`check`]).
 //!
 //! The same seed is the same run, to the last message: what fails can be looked at again. That rests on one thread, on
-//! tokio's paused clock, on `biased` selects, on one source of chance, and on SQL that happens at once ([`data`]).
+//! tokio's paused clock, on `biased` selects, on one source of chance, and on SQL that happens at once
+//! ([`mesh::testing::at_once`]).
 
 mod bank;
 mod bus;

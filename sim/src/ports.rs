@@ -8,6 +8,7 @@ use std::{
 
 use async_trait::async_trait;
 use coordinator::store as sagas;
+use mesh::testing::{Back, at_once};
 use order_svc::{domain::Transition, store as records};
 use payment_svc::{
     domain::{Answer, PaymentId, Times},
@@ -27,7 +28,6 @@ use stock_svc::{
 use tokio::runtime::Handle;
 
 use crate::{
-    data::{Back, at_once},
     faults::{Hands, Port},
     kv::Kv,
 };
