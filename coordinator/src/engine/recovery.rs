@@ -1,9 +1,6 @@
 //! Recovery's planner: sagas in, decisions out. Pure; the executor is [`runner`](super::runner).
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    hash::BuildHasher,
-};
+use std::collections::BTreeMap;
 
 use proto::OrderId;
 
@@ -30,13 +27,13 @@ pub enum Left {
     Foreign,
 }
 
-/// Decides. `running` are the sagas that this process works on right now.
-pub fn decide<S: Saga>(due: Vec<Row>, running: &HashSet<OrderId, impl BuildHasher>) -> Decisions<S::State> {
+/// Decides. `is_running` tells which sagas this process works on right now.
+pub fn decide<S: Saga>(due: Vec<Row>, is_running: impl Fn(OrderId) -> bool) -> Decisions<S::State> {
     let mut decisions = Decisions { run: BTreeMap::new(), left: Vec::new() };
     for row in due {
         match S::State::parse(&row.state) {
             None => decisions.left.push((row, Left::Foreign)),
-            Some(_) if running.contains(&row.saga_id) => decisions.left.push((row, Left::Running)),
+            Some(_) if is_running(row.saga_id) => decisions.left.push((row, Left::Running)),
             Some(state) if S::work(state) == Work::Rest => decisions.left.push((row, Left::Resting)),
             Some(state) => decisions.run.entry(state).or_default().push(row),
         }

@@ -1,8 +1,8 @@
 //! The executor: records transitions, runs the work of states, and takes up what was left.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -90,7 +90,7 @@ pub struct Engine<S: Saga> {
     limits: Limits,
     forward: Semaphore,
     backward: Semaphore,
-    running: Mutex<HashSet<OrderId>>,
+    running: Running,
 }
 
 impl<S: Saga> std::fmt::Debug for Engine<S> {
@@ -110,7 +110,7 @@ impl<S: Saga> Engine<S> {
             limits,
             forward: Semaphore::new(limits.forward.max(1)),
             backward: Semaphore::new(limits.compensations.max(1)),
-            running: Mutex::default(),
+            running: Running::default(),
         }
     }
 
@@ -154,7 +154,7 @@ impl<S: Saga> Engine<S> {
     /// Does what is to be done for these sagas until they rest, or until their work does not come to an end. Answers
     /// them as they are then, in order. Dropping it leaves them to recovery.
     pub async fn drive(&self, rows: Vec<Row>) -> Vec<Row> {
-        let _running = Running::mark(self, &rows);
+        let _running = self.running.mark(&rows);
         let order: Vec<OrderId> = rows.iter().map(|row| row.saga_id).collect();
         let mut all: HashMap<OrderId, Row> = HashMap::with_capacity(rows.len());
         // Two callers may bring the same saga: its work is done once.
@@ -202,10 +202,7 @@ impl<S: Saga> Engine<S> {
             let until = now + self.limits.lease.as_millis() as i64;
             let due = self.store.claim(&states, now, until, self.limits.recovery_batch).await?;
             let claimed = due.len() as u64;
-            let decisions = {
-                let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-                recovery::decide::<S>(due, &running)
-            };
+            let decisions = recovery::decide::<S>(due, |id| self.running.contains(id));
             for (row, why) in &decisions.left {
                 tracing::debug!(saga = %row.saga_id, state = row.state, ?why, "recovery leaves a saga");
             }
@@ -393,25 +390,46 @@ pub(crate) fn count<'a, S: Saga>(moves: impl Iterator<Item = (&'a str, &'a str)>
     }
 }
 
-/// Marks sagas as being worked on in this process.
-struct Running<'e, S: Saga> {
-    engine: &'e Engine<S>,
-    ids: Vec<OrderId>,
-}
+/// The sagas that this process works on right now, each as often as somebody does.
+#[derive(Debug, Default)]
+struct Running(Mutex<HashMap<OrderId, usize>>);
 
-impl<'e, S: Saga> Running<'e, S> {
-    fn mark(engine: &'e Engine<S>, rows: &[Row]) -> Self {
+impl Running {
+    /// Until the mark is dropped.
+    fn mark(&self, rows: &[Row]) -> Mark<'_> {
         let ids: Vec<OrderId> = rows.iter().map(|row| row.saga_id).collect();
-        engine.running.lock().unwrap_or_else(PoisonError::into_inner).extend(ids.iter().copied());
-        Self { engine, ids }
+        let mut counts = self.counts();
+        for id in &ids {
+            *counts.entry(*id).or_default() += 1;
+        }
+        Mark { running: self, ids }
+    }
+
+    fn contains(&self, id: OrderId) -> bool {
+        self.counts().contains_key(&id)
+    }
+
+    fn counts(&self) -> MutexGuard<'_, HashMap<OrderId, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<S: Saga> Drop for Running<'_, S> {
+/// Marks sagas as being worked on.
+struct Mark<'r> {
+    running: &'r Running,
+    ids: Vec<OrderId>,
+}
+
+impl Drop for Mark<'_> {
     fn drop(&mut self) {
-        let mut running = self.engine.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.running.counts();
         for id in &self.ids {
-            running.remove(id);
+            if let Some(count) = counts.get_mut(id) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(id);
+                }
+            }
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The engine on its own, with a saga whose steps do what a script says.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex,
         atomic::{AtomicI64, Ordering},
@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use mesh::{clock::Clock, testing::TestDatabase};
+use mesh::{
+    clock::Clock,
+    testing::{TestDatabase, eventually},
+};
 use proto::{BuyerId, Error, OrderId, RequestId};
 
 use super::{
@@ -89,6 +92,8 @@ impl Saga for Demo {
 struct Script {
     answers: Mutex<HashMap<&'static str, VecDeque<Outcome<Event>>>>,
     called: Mutex<Vec<&'static str>>,
+    /// While somebody has it, steps that were called wait.
+    hold: tokio::sync::RwLock<()>,
 }
 
 impl Script {
@@ -112,7 +117,9 @@ impl Script {
 
 fn demo_plan() -> Plan<Demo> {
     async fn run(step: &'static str, script: Arc<Script>, rows: Vec<Row>) -> Outcomes<Demo> {
-        script.run(step, &rows)
+        let outcomes = script.run(step, &rows);
+        let _go_on = script.hold.read().await;
+        outcomes
     }
     Plan::builder(POLICY)
         .step("first")
@@ -275,6 +282,27 @@ async fn what_a_dead_engine_left_is_taken_up_when_its_lease_is_over() {
 }
 
 #[tokio::test]
+async fn a_saga_is_left_alone_until_the_last_who_works_on_it_is_done() {
+    let world = World::new().await;
+    let row = world.begin().await;
+    let hold = world.script.hold.write().await;
+    let drives = [(); 2].map(|()| {
+        let (engine, row) = (world.engine.clone(), row.clone());
+        tokio::spawn(async move { engine.drive(vec![row]).await })
+    });
+    eventually("both are at it", async || (world.script.called.lock().unwrap().len() == 2).then_some(())).await;
+    let [first, second] = drives;
+    first.abort();
+    assert!(first.await.unwrap_err().is_cancelled());
+    world.pass(1_001);
+    // It would wait for the step as well.
+    tokio::time::timeout(Duration::from_secs(5), world.recover()).await.expect("nothing is taken up");
+    drop(hold);
+    assert_eq!(second.await.unwrap()[0].state, "DONE");
+    assert_eq!(world.script.called(), ["first", "first", "second", "pivot", "last"]);
+}
+
+#[tokio::test]
 async fn an_outcome_that_comes_too_late_changes_nothing() {
     let world = World::new().await;
     let row = world.begin().await;
@@ -326,7 +354,7 @@ fn the_planner_leaves_what_is_not_to_be_done() {
     let (building, undoing, running) = (row("BUILDING"), row("UNDOING"), row("BUILDING"));
     let (done, foreign) = (row("DONE"), row("PONDERING"));
     let due = vec![building.clone(), running.clone(), done.clone(), foreign.clone(), undoing.clone()];
-    let decisions = recovery::decide::<Demo>(due, &HashSet::from([running.saga_id]));
+    let decisions = recovery::decide::<Demo>(due, |id| id == running.saga_id);
     assert_eq!(decisions.run[&State::Building], [building]);
     assert_eq!(decisions.run[&State::Undoing], [undoing]);
     assert_eq!(decisions.left, [(running, Left::Running), (done, Left::Resting), (foreign, Left::Foreign)]);
