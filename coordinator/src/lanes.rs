@@ -23,11 +23,11 @@ use crate::{
     config::Config,
     domain::Placed,
     engine::{
-        Named,
+        Named, Saga,
         runner::{Change, Engine, Guard},
     },
     order_saga::{Event, OrderSaga, State},
-    store::{Patch, Rejected, Row, Verdict},
+    store::{Patch, Rejected, Row, Verdict, Which},
 };
 
 /// How long a fetch waits for the first message.
@@ -124,8 +124,8 @@ impl Lanes {
         let calls = &self.0.engine.context().calls;
         loop {
             let before = calls.clock.now_ms() - self.0.grace_ms;
-            let state = State::AwaitingPayment.name();
-            let swept = match calls.store.overdue(state, before, self.0.sweep_batch).await {
+            let waiting = Which { kind: OrderSaga::KIND, states: vec![State::AwaitingPayment.name()] };
+            let swept = match calls.store.overdue(waiting, before, self.0.sweep_batch).await {
                 Ok(ids) if ids.is_empty() => return,
                 Ok(ids) => ids,
                 Err(error) => return tracing::warn!(%error, "deadlines cannot be swept"),

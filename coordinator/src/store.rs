@@ -174,6 +174,15 @@ pub struct Postponed {
     pub last_error: String,
 }
 
+/// Sagas of one kind in some states: two kinds may well have states of one name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Which {
+    /// The kind's name.
+    pub kind: &'static str,
+    /// The states' names.
+    pub states: Vec<&'static str>,
+}
+
 /// Which sagas an operator wants to see.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Filter {
@@ -198,12 +207,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Notes when to try again. No transition, no entry.
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()>;
 
-    /// Takes up to `limit` sagas in these states whose turn it is, longest due first, and leases them to the caller
-    /// until `until`.
-    async fn claim(&self, states: &[&'static str], now: i64, until: i64, limit: u64) -> Result<Vec<Row>>;
+    /// Takes up to `limit` sagas whose turn it is, longest due first, and leases them to the caller until `until`.
+    async fn claim(&self, of: Which, now: i64, until: i64, limit: u64) -> Result<Vec<Row>>;
 
-    /// Ids of sagas in this state whose deadline is before `before`, most overdue first.
-    async fn overdue(&self, state: &'static str, before: i64, limit: u64) -> Result<Vec<OrderId>>;
+    /// Ids of sagas whose deadline is before `before`, most overdue first.
+    async fn overdue(&self, of: Which, before: i64, limit: u64) -> Result<Vec<OrderId>>;
 
     /// A saga's log, oldest first.
     async fn log(&self, id: OrderId) -> Result<Vec<Entry>>;

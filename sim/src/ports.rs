@@ -180,12 +180,12 @@ impl sagas::Store for Faulty<dyn sagas::Store> {
         stored!(self, postpone(postponed), self.behind.postpone(postponed.clone()))
     }
 
-    async fn claim(&self, states: &[&'static str], now: i64, until: i64, limit: u64) -> Result<Vec<sagas::Row>> {
-        stored!(self, claim(states), self.behind.claim(states, now, until, limit))
+    async fn claim(&self, of: sagas::Which, now: i64, until: i64, limit: u64) -> Result<Vec<sagas::Row>> {
+        stored!(self, claim(of), self.behind.claim(of.clone(), now, until, limit))
     }
 
-    async fn overdue(&self, state: &'static str, before: i64, limit: u64) -> Result<Vec<OrderId>> {
-        stored!(self, overdue(state), self.behind.overdue(state, before, limit))
+    async fn overdue(&self, of: sagas::Which, before: i64, limit: u64) -> Result<Vec<OrderId>> {
+        stored!(self, overdue(of), self.behind.overdue(of.clone(), before, limit))
     }
 
     async fn log(&self, id: OrderId) -> Result<Vec<sagas::Entry>> {

@@ -15,7 +15,7 @@ use super::{
     plan::{Deed, Outcome, Plan, Retry},
     recovery,
 };
-use crate::store::{Entry, Patch, Postponed, Row, SharedStore, Verdict};
+use crate::store::{Entry, Patch, Postponed, Row, SharedStore, Verdict, Which};
 
 /// A saga does no more than this many states' work in one go; a plan that goes round in circles is left to recovery,
 /// whose backoff slows it down.
@@ -188,19 +188,19 @@ impl<S: Saga> Engine<S> {
 
     /// Takes up what was left: due, and leased by nobody. One direction at a time, so that each has its own loop.
     pub async fn recover(&self, direction: Direction) -> Result<()> {
-        let states: Vec<&'static str> = S::State::ALL
+        let states = S::State::ALL
             .iter()
             .filter(|state| match S::work(**state) {
                 Work::Rest => false,
                 Work::Forward { .. } => direction == Direction::Forward,
                 Work::Compensate { .. } => direction == Direction::Backward,
             })
-            .map(|state| state.name())
-            .collect();
+            .map(|state| state.name());
+        let of = Which { kind: S::KIND, states: states.collect() };
         loop {
             let now = self.clock.now_ms();
             let until = now + self.limits.lease.as_millis() as i64;
-            let due = self.store.claim(&states, now, until, self.limits.recovery_batch).await?;
+            let due = self.store.claim(of.clone(), now, until, self.limits.recovery_batch).await?;
             let claimed = due.len() as u64;
             let decisions = recovery::decide::<S>(due, |id| self.running.contains(id));
             for (row, why) in &decisions.left {

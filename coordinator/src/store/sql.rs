@@ -16,7 +16,7 @@ use sea_orm::{
     sea_query::{Alias, ExprTrait, LockBehavior, LockType, OnConflict, Query, SelectStatement, Value},
 };
 
-use super::{Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict};
+use super::{Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict, Which};
 
 /// What fits the columns for people.
 const TEXT_LIMIT: usize = 500;
@@ -237,6 +237,10 @@ fn is_stuck() -> Expr {
     Expr::col(Col::Stuck).and(Expr::col(Col::Stuck).eq(true))
 }
 
+fn is_of(Which { kind, states }: Which) -> Expr {
+    Expr::col(Col::State).is_in(states).and(Expr::col(Col::Kind).eq(kind))
+}
+
 fn texts(ids: &[OrderId]) -> impl Iterator<Item = String> {
     ids.iter().map(ToString::to_string)
 }
@@ -410,14 +414,13 @@ impl Store for SqlStore {
         Ok(())
     }
 
-    async fn claim(&self, states: &[&'static str], now: i64, until: i64, limit: u64) -> Result<Vec<Row>> {
-        let states = states.to_vec();
+    async fn claim(&self, of: Which, now: i64, until: i64, limit: u64) -> Result<Vec<Row>> {
         let claimed = sql::transaction(&self.db, move |tx| {
-            let states = states.clone();
+            let of = of.clone();
             Box::pin(async move {
                 let mut select = select_rows();
                 select
-                    .and_where(Expr::col(Col::State).is_in(states))
+                    .and_where(is_of(of))
                     .and_where(Expr::col(Col::NextAttemptAt).lte(now))
                     .order_by(Col::NextAttemptAt, Order::Asc)
                     .limit(limit)
@@ -446,11 +449,11 @@ impl Store for SqlStore {
         Ok(claimed)
     }
 
-    async fn overdue(&self, state: &'static str, before: i64, limit: u64) -> Result<Vec<OrderId>> {
+    async fn overdue(&self, of: Which, before: i64, limit: u64) -> Result<Vec<OrderId>> {
         let select = Query::select()
             .column(Col::SagaId)
             .from(Col::Table)
-            .and_where(Expr::col(Col::State).eq(state))
+            .and_where(is_of(of))
             .and_where(Expr::col(Col::ExpireAt).lt(before))
             .order_by(Col::ExpireAt, Order::Asc)
             .limit(limit)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use proto::{BuyerId, Money, OrderId, Reason, RequestId, SaleId};
 
-use super::{Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, sql::SqlStore};
+use super::{Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, Which, sql::SqlStore};
 
 /// A saga as the funnel writes it.
 pub(crate) fn new_row(id: OrderId) -> Row {
@@ -35,6 +35,10 @@ pub(crate) fn new_row(id: OrderId) -> Row {
         create_at: 1_000,
         update_at: 1_000,
     }
+}
+
+fn orders(states: &[&'static str]) -> Which {
+    Which { kind: "order_saga", states: states.to_vec() }
 }
 
 fn new_id() -> OrderId {
@@ -174,7 +178,7 @@ async fn a_claim_leases_what_is_due_to_one_claimant() {
         insert(&store, &[rows.clone(), vec![resting, other]].concat()).await;
         let claims = (0..4).map(|_| {
             let store = store.clone();
-            tokio::spawn(async move { store.claim(&["CAPTURED", "PAYING"], 95, 5_000, 100).await.unwrap() })
+            tokio::spawn(async move { store.claim(orders(&["CAPTURED", "PAYING"]), 95, 5_000, 100).await.unwrap() })
         });
         let mut claimed: Vec<OrderId> = Vec::new();
         for claim in claims.collect::<Vec<_>>() {
@@ -185,9 +189,24 @@ async fn a_claim_leases_what_is_due_to_one_claimant() {
         due.sort();
         assert_eq!(claimed, due, "{kind}: each once");
         assert_eq!(load(&store, claimed[0]).await.next_attempt_at, Some(5_000), "{kind}");
-        let next = store.claim(&["CAPTURED"], 1_000, 6_000, 3).await.unwrap();
+        let next = store.claim(orders(&["CAPTURED"]), 1_000, 6_000, 3).await.unwrap();
         let next: Vec<OrderId> = next.iter().map(|row| row.saga_id).collect();
         assert_eq!(next, rows[10..13].iter().map(|row| row.saga_id).collect::<Vec<_>>(), "{kind}: longest due first");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn sagas_of_another_kind_are_not_taken_for_ours_though_a_state_has_the_same_name() {
+    on_each(async |store, kind| {
+        let ours = Row { next_attempt_at: Some(10), ..new_row(new_id()) };
+        let theirs = Row { kind: "refund_saga".to_owned(), ..Row { saga_id: new_id(), ..ours.clone() } };
+        insert(&store, &[ours.clone(), theirs.clone()]).await;
+        let waiting = orders(&["AWAITING_PAYMENT"]);
+        assert_eq!(store.overdue(waiting.clone(), 100_000, 10).await.unwrap(), [ours.saga_id], "{kind}");
+        let claimed = store.claim(waiting, 95, 5_000, 10).await.unwrap();
+        assert_eq!(claimed, [Row { next_attempt_at: Some(5_000), ..ours }], "{kind}");
+        assert_eq!(load(&store, theirs.saga_id).await, theirs, "{kind}: nor leased");
     })
     .await;
 }
@@ -228,9 +247,9 @@ async fn deadlines_and_lists_come_in_order_and_in_pages() {
         let rows: Vec<Row> = (0..6).map(|n| Row { expire_at: 1_000 - n * 100, ..new_row(new_id()) }).collect();
         let paid = Row { state: "PAID".to_owned(), expire_at: 0, ..new_row(new_id()) };
         insert(&store, &[rows.clone(), vec![paid]].concat()).await;
-        let overdue = store.overdue("AWAITING_PAYMENT", 800, 2).await.unwrap();
+        let overdue = store.overdue(orders(&["AWAITING_PAYMENT"]), 800, 2).await.unwrap();
         assert_eq!(overdue, [rows[5].saga_id, rows[4].saga_id], "{kind}");
-        assert_eq!(store.overdue("AWAITING_PAYMENT", 800, 10).await.unwrap().len(), 3, "{kind}");
+        assert_eq!(store.overdue(orders(&["AWAITING_PAYMENT"]), 800, 10).await.unwrap().len(), 3, "{kind}");
         let filter = Filter::State("AWAITING_PAYMENT".to_owned());
         let mut seen = Vec::new();
         let mut after = String::new();
