@@ -102,7 +102,8 @@ pub struct Config {
     #[arg(long, env = "SECKILL_SAGA_RETRY_CAP_MS", default_value_t = Config::default().saga_retry_cap_ms)]
     pub saga_retry_cap_ms: u64,
 
-    /// Attempts after which a saga is stuck. Compensations and the charge are tried on all the same.
+    /// Attempts after which a saga is reported as stuck. What may pass by itself, compensations and the charge are tried
+    /// on all the same; any other step that is refused waits for an operator.
     #[arg(long, env = "SECKILL_SAGA_ATTEMPTS", default_value_t = Config::default().saga_attempts)]
     pub saga_attempts: i32,
 

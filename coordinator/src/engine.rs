@@ -9,7 +9,8 @@
 //! - **At least once, and leased.** Whoever executes a saga holds it until `next_attempt_at`; after that, recovery
 //!   takes it up. Two may still meet on one step, so every step must be idempotent (I10).
 //! - **Compensations** retry for ever and have capacity of their own, which new orders cannot take. A step that used up
-//!   its attempts leaves its saga *stuck*: a flag, an alert, and an operator's verbs.
+//!   its attempts leaves its saga *stuck*: a flag, an alert, and an operator's verbs. What may pass by itself, a service
+//!   that is away or work in progress, is tried on all the same; a step that was refused is not.
 
 use std::fmt;
 

@@ -46,11 +46,16 @@ pub struct Retry {
     pub cap: Duration,
     /// After this many attempts the saga is stuck.
     pub attempts: i32,
-    /// Whether a stuck saga is tried all the same.
+    /// Whether a stuck saga is tried all the same. What may pass by itself (a fault, work in progress) always is.
     pub goes_on: bool,
 }
 
 impl Retry {
+    /// The same, without giving up.
+    pub fn for_ever(self) -> Self {
+        Self { goes_on: true, ..self }
+    }
+
     /// The delay after so many attempts.
     pub fn delay(&self, attempts: i32) -> Duration {
         let doublings = attempts.saturating_sub(1).clamp(0, 20) as u32;
@@ -69,7 +74,7 @@ pub struct Policy {
 
 impl Policy {
     fn for_ever(self) -> Self {
-        Self { retry: Retry { goes_on: true, ..self.retry }, ..self }
+        Self { retry: self.retry.for_ever(), ..self }
     }
 }
 
@@ -234,7 +239,7 @@ impl<S: Saga, Stage> Acting<S, Stage> {
 
     /// Asks for ever; after the policy's attempts the saga is reported as stuck all the same.
     pub fn for_ever(mut self) -> Self {
-        self.action.retry.goes_on = true;
+        self.action.retry = self.action.retry.for_ever();
         self
     }
 }

@@ -15,7 +15,10 @@ use super::{
     plan::{Deed, Outcome, Plan, Retry},
     recovery,
 };
-use crate::store::{Entry, Patch, Postponed, Row, SharedStore, Verdict, Which};
+use crate::{
+    calls::is_fault,
+    store::{Entry, Patch, Postponed, Row, SharedStore, Verdict, Which},
+};
 
 /// A saga does no more than this many states' work in one go; a plan that goes round in circles is left to recovery,
 /// whose backoff slows it down.
@@ -329,6 +332,9 @@ impl<S: Saga> Engine<S> {
                 None => format!("{step}: in progress"),
                 Some(error) => format!("{step}: {error}"),
             };
+            // What time may mend is tried on, also when it was reported: nobody needs to tell a thousand sagas one by one
+            // that a database is back. A "no" without a meaning stays one, and waits for an operator.
+            let retry = if error.as_ref().is_none_or(is_fault) { retry.for_ever() } else { retry };
             let later = recovery::postpone(&row, &retry, what, now);
             if later.stuck && !row.stuck {
                 tracing::error!(kind = S::KIND, saga = %row.saga_id, state = row.state, step, last_error = later.last_error, "a saga is stuck");

@@ -186,6 +186,11 @@ fn unknown() -> Outcome<Event> {
     Outcome::Unknown(Error::dependency("it", "no answer"))
 }
 
+/// A "no" that means nothing to its step.
+fn unexpected() -> Outcome<Event> {
+    Outcome::Unknown(Error::not_found("record"))
+}
+
 fn refused() -> Outcome<Event> {
     Outcome::Refused(Event::Refused, Patch::default())
 }
@@ -237,7 +242,7 @@ async fn an_unknown_outcome_is_asked_again_and_nothing_is_undone() {
 #[tokio::test]
 async fn a_step_that_uses_up_its_attempts_is_stuck_until_an_operator_helps() {
     let world = World::new().await;
-    world.script.say("last", [unknown(), unknown(), unknown()]);
+    world.script.say("last", [unexpected(), unexpected(), unexpected()]);
     let row = world.drive(world.begin().await).await;
     for _ in 0..5 {
         world.pass(10_000);
@@ -253,10 +258,29 @@ async fn a_step_that_uses_up_its_attempts_is_stuck_until_an_operator_helps() {
 }
 
 #[tokio::test]
+async fn what_may_pass_by_itself_is_reported_stuck_and_goes_on() {
+    for answer in [unknown(), Outcome::InProgress] {
+        let world = World::new().await;
+        world.script.say("last", vec![answer; 5]);
+        let row = world.drive(world.begin().await).await;
+        for _ in 0..4 {
+            world.pass(10_000);
+            world.recover().await;
+        }
+        let stuck = world.stored(&row).await;
+        assert!(stuck.stuck && stuck.last_error.starts_with("last: "), "{stuck:?}");
+        world.pass(10_000);
+        world.recover().await;
+        let done = world.stored(&row).await;
+        assert_eq!((done.state.as_str(), done.stuck), ("DONE", false));
+    }
+}
+
+#[tokio::test]
 async fn a_compensation_is_reported_stuck_and_goes_on() {
     let world = World::new().await;
     world.script.say("pivot", [refused()]);
-    world.script.say("undo first", (0..5).map(|_| unknown()));
+    world.script.say("undo first", (0..5).map(|_| unexpected()));
     let row = world.drive(world.begin().await).await;
     for _ in 0..4 {
         world.pass(10_000);

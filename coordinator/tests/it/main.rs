@@ -772,20 +772,34 @@ async fn a_stop_in_the_middle_of_a_rush_ends_every_task_and_loses_no_order() {
 async fn a_stuck_saga_is_listed_and_retried_by_an_operator() {
     let world = World::with(coordinator::Config { saga_attempts: 3, ..config() }).await;
     let id = world.hold("alice").await;
-    world.fakes.state().down.insert("deduct");
+    let record = world.fakes.state().records.remove(&id.to_string()).expect("a record");
     let paying = world.pay("alice", id, "approve").await.unwrap();
-    assert_eq!(paying.state(), OrderState::Paying, "money has moved, nothing is sold yet");
+    assert_eq!(paying.state(), OrderState::Paying, "money has moved, and nobody can be told");
     let stuck = async || world.client().list_sagas(v1::ListSagasRequest::default()).await.unwrap().into_inner().sagas;
     let saga = eventually("a stuck saga", async || stuck().await.pop()).await;
     assert_eq!((saga.name.clone(), saga.state.as_str(), saga.stuck), (format!("sagas/{id}"), "CAPTURED", true));
-    assert!(saga.last_error.starts_with("deduct"), "{}", saga.last_error);
-    world.fakes.state().down.clear();
+    assert!(saga.last_error.starts_with("mark_paid"), "{}", saga.last_error);
+    assert_eq!(saga.next_attempt_time, None, "it waits for whoever can mend that");
+    world.fakes.state().records.insert(id.to_string(), record);
     let retry = v1::RetrySagaRequest { saga: saga.name.clone() };
     world.client().retry_saga(retry.clone()).await.unwrap();
     world.until(id, "PAID").await;
     let error = proto::Error::from(world.client().retry_saga(retry).await.unwrap_err());
     assert_eq!((error.reason, error.metadata["state"].as_str()), (Reason::IllegalState, "PAID"));
     assert!(stuck().await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_saga_is_stuck_while_a_service_is_away_and_goes_on_by_itself_when_it_is_back() {
+    let world = World::with(coordinator::Config { saga_attempts: 3, ..config() }).await;
+    let id = world.hold("alice").await;
+    world.fakes.state().down.insert("deduct");
+    world.pay("alice", id, "approve").await.unwrap();
+    let saga = eventually("stuck", async || world.saga(id).await.filter(|saga| saga.stuck)).await;
+    assert!(saga.last_error.starts_with("deduct"), "{}", saga.last_error);
+    world.fakes.state().down.clear();
+    assert!(!world.until(id, "PAID").await.stuck);
+    assert_eq!(world.units(), (9, 0, 0, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
