@@ -161,7 +161,7 @@ impl Saga for OrderSaga {
         match state {
             // Only after an attempt to pay: the record must show that there may be another.
             State::AwaitingPayment => Work::Forward { steps: &["intend"], done: None },
-            State::Paying => Work::Forward { steps: &["intend", "charge"], done: Some(Event::Captured) },
+            State::Paying => Work::Forward { steps: &["charge"], done: Some(Event::Captured) },
             State::Captured => {
                 Work::Forward { steps: &["deduct", "mark_paid", "announce"], done: Some(Event::Completed) }
             }

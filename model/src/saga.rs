@@ -794,8 +794,29 @@ impl Order {
         }
     }
 
-    /// A step's call and what the step makes of its answer, or where inside of the step it goes on.
+    /// A step's call and what the step makes of its answer, or where inside of the step it goes on. What a charge leaves
+    /// open may be shown by the record, or not: nothing waits for it.
     fn deed(
+        &mut self,
+        state: State,
+        deed: &'static str,
+        row: &Row,
+        within: Within,
+    ) -> Answers<Result<Outcome<order_saga::Event>, Within>> {
+        let mut answers = self.effect(state, deed, row, within);
+        if deed == "charge" {
+            let is_open =
+                |(_, outcome, _): &&(State, _, _)| matches!(outcome, Ok(Outcome::InProgress | Outcome::Unknown(_)));
+            let open: Vec<_> = answers.iter().filter(is_open).cloned().collect();
+            for (to, outcome, _) in open {
+                let (shown, _) = self.transition(to, record::shown(row));
+                answers.push((shown, outcome, "open, and shown"));
+            }
+        }
+        answers
+    }
+
+    fn effect(
         &mut self,
         state: State,
         deed: &'static str,

@@ -8,7 +8,7 @@ use proto::{
     internal::{ChargeItem, PaymentState, PaymentStatus},
 };
 
-use super::{Steps, done, outcomes, refused, unexpected};
+use super::{Steps, done, outcomes, record, refused, unexpected};
 use crate::{
     calls::{Calls, is_fault},
     engine::plan::Outcome,
@@ -43,7 +43,22 @@ pub async fn charge(steps: Arc<Steps>, rows: Vec<Row>) -> Vec<Outcome<Event>> {
         let charged = outcomes(calls.charge(items).await, &never_started, |row, result| charged(row, now, result));
         found.extend(never_started.iter().map(|row| row.saga_id).zip(charged));
     }
-    rows.iter().map(|row| found.remove(&row.saga_id).unwrap_or(Outcome::InProgress)).collect()
+    let charged: Vec<_> = rows.iter().map(|row| found.remove(&row.saga_id).unwrap_or(Outcome::InProgress)).collect();
+    show_open(calls, &rows, &charged).await;
+    charged
+}
+
+/// Lets the records of what stays open say PAYING, once. Money does not wait for it: whatever comes next brings the
+/// record in line.
+async fn show_open(calls: &Calls, rows: &[Row], charged: &[Outcome<Event>]) {
+    let is_open = |outcome: &Outcome<Event>| matches!(outcome, Outcome::InProgress | Outcome::Unknown(_));
+    let open = rows.iter().zip(charged).filter(|(row, outcome)| row.attempts == 0 && is_open(outcome));
+    let items: Vec<_> = open.map(|(row, _)| record::shown(row)).collect();
+    if !items.is_empty()
+        && let Err(error) = calls.transition(items).await
+    {
+        tracing::debug!(%error, "records do not show PAYING");
+    }
 }
 
 /// After the deadline nobody may be charged any more: what became of it is then known, or pending (E29).

@@ -551,6 +551,27 @@ async fn a_payment_that_is_decided_later_is_announced_and_finishes_the_order() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_open_payment_is_asked_for_though_no_record_can_show_it() {
+    let world = World::new().await;
+    let id = world.hold("alice").await;
+    world.fakes.state().down.insert("show");
+    assert_eq!(world.pay("alice", id, "hang").await.unwrap().state(), OrderState::Paying);
+    assert_eq!(world.record(id), Some(OrderState::AwaitingPayment));
+    // Not announced: only who asks finds out.
+    world.fakes.state().payments.values_mut().for_each(|payment| payment.state = PaymentState::Captured);
+    world.until(id, "PAID").await;
+    world.until_record(id, OrderState::Paid).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_payment_is_shown_by_whoever_takes_it_up() {
+    let mut world = World::new().await;
+    let id = world.hold("alice").await;
+    die_at(&mut world, "charge", When::Before, async |world| drop(world.pay("alice", id, "hang").await)).await;
+    world.until_record(id, OrderState::Paying).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn e29_a_unit_is_not_resold_while_its_payment_is_unknown() {
     let world = World::new().await;
     world.sale(1, 1, 500);
