@@ -45,7 +45,14 @@ mod wire;
 
 pub use config::Config;
 
-use crate::engine::runner::{Direction, Engine};
+use crate::{
+    engine::{
+        plan::Plan,
+        runner::{Direction, Engine},
+    },
+    order_saga::OrderSaga,
+    refund_saga::RefundSaga,
+};
 
 /// A batch of orders with long names stays far below it.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -69,8 +76,35 @@ pub struct Backends {
     pub payment: Link,
 }
 
+/// What each kind of saga does.
+#[derive(Debug)]
+pub struct Plans {
+    /// Orders.
+    pub orders: Plan<OrderSaga>,
+    /// Refunds.
+    pub refunds: Plan<RefundSaga>,
+}
+
+impl Plans {
+    /// As they are served.
+    pub fn new(config: &Config) -> Self {
+        let policy = config.policy();
+        Self { orders: order_saga::plan(policy), refunds: refund_saga::plan(policy) }
+    }
+}
+
 /// Starts the role; it serves as soon as this returns.
 pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<tonic::service::Routes> {
+    start_with(Plans::new(&config), config, backends, life).await
+}
+
+/// Starts the role with plans that somebody has put something around: see [`Plan::around`].
+pub async fn start_with(
+    plans: Plans,
+    config: Config,
+    backends: Backends,
+    life: &Lifecycle,
+) -> anyhow::Result<tonic::service::Routes> {
     for stream in [subjects::ORDERS_STREAM, subjects::EVENTS_STREAM, subjects::PAYMENTS_STREAM] {
         backends.bus.ensure_stream(&stream.into()).await?;
     }
@@ -79,11 +113,10 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let links = (backends.stock, backends.order, backends.payment);
     let clock = backends.clock;
     let calls = calls::Calls::new(links, backends.bus, store.clone(), clock.clone(), ms(config.charge_timeout_ms));
-    let (policy, limits) = (config.policy(), config.limits());
-    let refunds =
-        Arc::new(Engine::new(refund_saga::plan(policy), Arc::new(calls.clone()), store.clone(), clock.clone(), limits));
+    let limits = config.limits();
+    let refunds = Arc::new(Engine::new(plans.refunds, Arc::new(calls.clone()), store.clone(), clock.clone(), limits));
     let steps = Arc::new(steps::Steps { calls: calls.clone(), refunds: refunds.clone() });
-    let orders = Arc::new(Engine::new(order_saga::plan(policy), steps, store.clone(), clock, limits));
+    let orders = Arc::new(Engine::new(plans.orders, steps, store.clone(), clock, limits));
 
     let sagas = sagas::Sagas::start(&config, &orders, life);
     let lanes = lanes::Lanes::new(&config, orders.clone(), life);

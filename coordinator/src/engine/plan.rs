@@ -35,7 +35,9 @@ pub enum Outcome<E> {
 pub type Outcomes<S> = Vec<Outcome<<S as Saga>::Event>>;
 
 type Running<S> = Pin<Box<dyn Future<Output = Outcomes<S>> + Send>>;
-type Run<S> = Arc<dyn Fn(Arc<<S as Saga>::Context>, Vec<Row>) -> Running<S> + Send + Sync>;
+
+/// What an action or a compensation does: a batch in, its outcomes out.
+pub type Run<S> = Arc<dyn Fn(Arc<<S as Saga>::Context>, Vec<Row>) -> Running<S> + Send + Sync>;
 
 /// When a step that did not come to an end is tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,6 +162,22 @@ impl<S: Saga> Plan<S> {
     /// The compensations, last step first.
     pub fn compensations(&self) -> impl Iterator<Item = &Deed<S>> {
         self.steps[..self.pivot].iter().rev().filter_map(|s| s.compensation.as_ref())
+    }
+
+    /// Every action and every compensation.
+    pub fn deeds(&self) -> impl Iterator<Item = &Deed<S>> {
+        self.steps.iter().map(|s| &s.action).chain(self.compensations())
+    }
+
+    /// The same plan with something around every action and compensation, each told by its name: this is where a proof
+    /// makes them fail, stop and happen twice.
+    pub fn around(mut self, wrap: impl Fn(&'static str, Run<S>) -> Run<S>) -> Self {
+        for step in &mut self.steps {
+            for deed in step.compensation.iter_mut().chain([&mut step.action]) {
+                deed.run = wrap(deed.name, deed.run.clone());
+            }
+        }
+        self
     }
 
     /// The names of the steps in order, the pivot's index among them.

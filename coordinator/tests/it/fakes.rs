@@ -100,7 +100,7 @@ pub struct Payment {
 }
 
 /// Everything that the others know.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct State {
     pub sales: BTreeMap<String, Sale>,
     pub holds: BTreeMap<String, Hold>,

@@ -2,6 +2,7 @@
 //! count every unit and every cent.
 
 mod fakes;
+mod proof;
 mod world;
 
 use std::time::Duration;

@@ -1,9 +1,10 @@
 //! A coordinator among fake services, on a real store and a real embedded bus, in a runtime of its own: so that it can
-//! be killed like a process, wherever it stands, and started again on what it left.
+//! be killed like a process, wherever it stands, and started again on what it left. Or, where time must stand still, in
+//! the test's own runtime, on a store and a bus in memory and on ports that a proof has made faulty.
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU8, Ordering},
     },
     time::Duration,
@@ -11,17 +12,20 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use coordinator::{Backends, Config, store::sql::SqlStore};
+use coordinator::{
+    Backends, Config, Plans,
+    store::{SharedStore, sql::SqlStore},
+};
 use mesh::{
     bus::{
         self, Bus, Consumer, ConsumerSpec, DeadLetter, Delivery, Message, Progress, Published, Settlement, SharedBus,
-        StreamSpec, sqlite::SqliteBus,
+        StreamSpec, memory::MemoryBus, sqlite::SqliteBus,
     },
     clock::Clock,
     layers::{ClientConfig, ServerConfig},
     lifecycle::Lifecycle,
     link::Link,
-    testing::{TestDatabase, eventually},
+    testing::{TestDatabase, at_once, eventually},
 };
 use proto::{
     BuyerId, Error, OrderId, RequestId,
@@ -37,7 +41,10 @@ use sea_orm::ConnectionTrait;
 use tokio::{runtime::Runtime, sync::broadcast};
 use tokio_util::task::TaskTracker;
 
-use crate::fakes::{Fakes, Gate, Sale, When};
+use crate::{
+    fakes::{Fakes, Gate, Sale, When},
+    proof::faults::Faults,
+};
 
 pub const SALE: &str = "spring";
 
@@ -60,9 +67,21 @@ pub struct FaultyBus {
     publish: AtomicU8,
     lanes_away: AtomicBool,
     gate: std::sync::OnceLock<Arc<Gate>>,
+    /// Those of the coordinator that opens consumers now.
+    faults: Mutex<Option<Faults>>,
 }
 
 impl FaultyBus {
+    fn on(inner: SharedBus) -> Arc<Self> {
+        Arc::new(Self {
+            inner,
+            publish: AtomicU8::new(0),
+            lanes_away: AtomicBool::new(false),
+            gate: Default::default(),
+            faults: Mutex::default(),
+        })
+    }
+
     pub fn publishing(&self, publish: Publish) {
         self.publish.store(publish as u8, Ordering::SeqCst);
     }
@@ -112,7 +131,10 @@ impl Bus for FaultyBus {
         if self.lanes_away.load(Ordering::SeqCst) && spec.name.starts_with("lane-") {
             return Ok(Arc::new(Silent));
         }
-        self.inner.consumer(spec).await
+        let name = spec.name.clone();
+        let consumer = self.inner.consumer(spec).await?;
+        let faults = self.faults.lock().unwrap().clone();
+        Ok(faults.map_or(consumer.clone(), |faults| faults.consumer(&name, consumer)))
     }
 
     async fn consumers(&self, stream: &'static str) -> Result<Vec<String>, bus::Error> {
@@ -187,10 +209,19 @@ pub struct World {
     pub bus: Arc<FaultyBus>,
     pub clock: Clock,
     pub config: Config,
-    db: TestDatabase,
     /// For looking at the tables.
-    store: coordinator::store::SharedStore,
-    running: Option<(Runtime, Lifecycle, CoordinatorClient<Link>)>,
+    pub store: SharedStore,
+    /// None where it is in memory.
+    db: Option<TestDatabase>,
+    running: Option<Running>,
+}
+
+/// A coordinator.
+struct Running {
+    /// Where it does not run in the test's own.
+    runtime: Option<Runtime>,
+    life: Lifecycle,
+    door: Door,
 }
 
 impl Drop for World {
@@ -213,19 +244,31 @@ impl World {
 
     pub async fn stopped(config: Config) -> Self {
         let clock = Clock::system();
-        let inner = SqliteBus::in_memory(clock.clone(), &TaskTracker::new()).await.unwrap();
-        let bus = Arc::new(FaultyBus {
-            inner: Arc::new(inner),
-            publish: AtomicU8::new(0),
-            lanes_away: AtomicBool::new(false),
-            gate: Default::default(),
-        });
-        let fakes = Fakes::new(bus.inner.clone(), clock.clone());
-        bus.gate.set(fakes.gate.clone()).unwrap();
+        let bus = SqliteBus::in_memory(clock.clone(), &TaskTracker::new()).await.unwrap();
         let db = mesh::testing::sqlite().await;
         migrations::up(migrations::Service::Coordinator, &db.connection).await.unwrap();
         let store = Arc::new(SqlStore::new(db.connection.clone()));
-        let world = Self { fakes, bus, clock, config, db, store, running: None };
+        Self::on(config, clock, Arc::new(bus), store, Some(db))
+    }
+
+    /// On tokio's time, which may be paused; nothing runs yet.
+    pub fn on_paused_time(config: Config) -> Self {
+        let clock = Clock::tokio();
+        let bus = MemoryBus::new(clock.clone());
+        let db = at_once(async {
+            let db = mesh::sql::connect("sqlite::memory:").await.unwrap();
+            migrations::up(migrations::Service::Coordinator, &db).await.unwrap();
+            db
+        });
+        let store = Faults::none().store(Arc::new(SqlStore::new(db)));
+        Self::on(config, clock, Arc::new(bus), store, None)
+    }
+
+    fn on(config: Config, clock: Clock, bus: SharedBus, store: SharedStore, db: Option<TestDatabase>) -> Self {
+        let fakes = Fakes::new(bus.clone(), clock.clone());
+        let bus = FaultyBus::on(bus);
+        bus.gate.set(fakes.gate.clone()).unwrap();
+        let world = Self { fakes, bus, clock, config, store, db, running: None };
         world.sale(10, 1, 60_000);
         world
     }
@@ -234,45 +277,59 @@ impl World {
         self.fakes.state().sales.insert(SALE.to_owned(), Sale { free, limit, window_ms, epoch: 1 });
     }
 
+    fn backends(&self, store: SharedStore, faults: &Faults) -> Backends {
+        Backends {
+            store,
+            bus: self.bus.clone(),
+            clock: self.clock.clone(),
+            stock: link(faults.server(StockServer::new(self.fakes.clone()))),
+            order: link(faults.server(OrderRecordsServer::new(self.fakes.clone()))),
+            payment: link(faults.server(PaymentsServer::new(self.fakes.clone()))),
+        }
+    }
+
     /// Starts a coordinator, as a new process would: its own runtime, its own connections.
     pub async fn start(&mut self) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let (url, config, clock) = (self.db.url.clone(), self.config.clone(), self.clock.clone());
-        let (fakes, bus) = (self.fakes.clone(), self.bus.clone());
-        let life = Lifecycle::new();
-        let living = life.clone();
-        let client = runtime.spawn(async move {
+        let url = self.db.as_ref().expect("a database in a file").url.clone();
+        let (config, life) = (self.config.clone(), Lifecycle::new());
+        let (backends, living) = (self.backends(self.store.clone(), &Faults::none()), life.clone());
+        let door = runtime.spawn(async move {
             // Wait for a killed predecessor's connection to let go.
             let db = mesh::sql::connect(&url).await.unwrap();
             db.execute_unprepared("PRAGMA busy_timeout = 20000").await.unwrap();
-            let backends = Backends {
-                store: Arc::new(SqlStore::new(db)),
-                bus,
-                clock,
-                stock: link(StockServer::new(fakes.clone())),
-                order: link(OrderRecordsServer::new(fakes.clone())),
-                payment: link(PaymentsServer::new(fakes)),
-            };
-            let routes = coordinator::start(config, backends, &living).await.unwrap();
-            CoordinatorClient::new(link(routes.prepare()))
+            let backends = Backends { store: Arc::new(SqlStore::new(db)), ..backends };
+            Door::to(coordinator::start(config, backends, &living).await.unwrap())
         });
-        let client = client.await.unwrap();
-        self.running = Some((runtime, life, client));
+        let door = door.await.unwrap();
+        self.running = Some(Running { runtime: Some(runtime), life, door });
+    }
+
+    /// Starts a coordinator in this runtime, with these faults. One that runs already stays as it is, and is not asked
+    /// any more.
+    pub async fn start_here(&mut self, faults: &Faults) {
+        *self.bus.faults.lock().unwrap() = Some(faults.clone());
+        let backends = self.backends(faults.store(self.store.clone()), faults);
+        let Plans { orders, refunds } = Plans::new(&self.config);
+        let plans = Plans { orders: faults.plan(orders), refunds: faults.plan(refunds) };
+        let life = Lifecycle::new();
+        let routes = coordinator::start_with(plans, self.config.clone(), backends, &life).await.unwrap();
+        self.running = Some(Running { runtime: None, life, door: Door::to(routes) });
     }
 
     /// Ends the coordinator where it stands.
     pub fn kill(&mut self) {
-        if let Some((runtime, ..)) = self.running.take() {
+        if let Some(runtime) = self.running.take().and_then(|running| running.runtime) {
             runtime.shutdown_background();
         }
     }
 
     /// Ends the coordinator as SIGTERM does. Whether every task ended in time.
     pub async fn stop(&mut self) -> bool {
-        let (runtime, life, client) = self.running.take().expect("the coordinator runs");
-        drop(client);
+        let Running { runtime, life, door } = self.running.take().expect("the coordinator runs");
+        drop(door);
         let in_time = life.stop(Duration::from_secs(5)).await;
-        runtime.shutdown_background();
+        runtime.into_iter().for_each(Runtime::shutdown_background);
         in_time
     }
 
@@ -282,8 +339,12 @@ impl World {
         self.start().await;
     }
 
+    pub fn door(&self) -> Door {
+        self.running.as_ref().expect("the coordinator runs").door.clone()
+    }
+
     pub fn client(&self) -> CoordinatorClient<Link> {
-        self.running.as_ref().expect("the coordinator runs").2.clone()
+        self.door().0
     }
 
     pub async fn accept(&self, buyer: &str, quantity: i64, request: &RequestId) -> Result<Order, Error> {
@@ -291,15 +352,7 @@ impl World {
     }
 
     pub async fn accept_of(&self, sale: &str, buyer: &str, quantity: i64, request: &RequestId) -> Result<Order, Error> {
-        let item = AcceptOrder {
-            sale_id: sale.to_owned(),
-            buyer: buyer.to_owned(),
-            quantity,
-            request_id: request.to_string(),
-            traceparent: String::new(),
-        };
-        let answer = self.client().accept_orders(AcceptOrdersRequest { items: vec![item] }).await?;
-        only(answer.into_inner().results)
+        self.door().accept(sale, buyer, quantity, request).await
     }
 
     /// A new order, held.
@@ -316,21 +369,11 @@ impl World {
     }
 
     pub async fn pay_as(&self, buyer: &str, order: OrderId, method: &str, request: &RequestId) -> Result<Order, Error> {
-        let item = PayOrderItem {
-            order_id: order.to_string(),
-            buyer: buyer.to_owned(),
-            payment_method: method.to_owned(),
-            request_id: request.to_string(),
-            traceparent: String::new(),
-        };
-        let answer = self.client().pay_orders(PayOrdersRequest { items: vec![item] }).await?;
-        only(answer.into_inner().results)
+        self.door().pay(buyer, order, method, request).await
     }
 
     pub async fn cancel(&self, buyer: &str, order: OrderId) -> Result<Order, Error> {
-        let item = CancelOrderItem { order_id: order.to_string(), buyer: buyer.to_owned(), traceparent: String::new() };
-        let answer = self.client().cancel_orders(CancelOrdersRequest { items: vec![item] }).await?;
-        only(answer.into_inner().results)
+        self.door().cancel(buyer, order).await
     }
 
     pub async fn saga(&self, id: OrderId) -> Option<v1::Saga> {
@@ -372,6 +415,46 @@ impl World {
 
     pub fn refunds(&self, id: OrderId) -> u32 {
         self.fakes.state().refunds.get(&id.to_string()).copied().unwrap_or(0)
+    }
+}
+
+/// A coordinator as the gateway calls it. Cheap to clone.
+#[derive(Clone)]
+pub struct Door(CoordinatorClient<Link>);
+
+impl Door {
+    fn to(routes: tonic::service::Routes) -> Self {
+        Self(CoordinatorClient::new(link(routes.prepare())))
+    }
+
+    pub async fn accept(mut self, sale: &str, buyer: &str, quantity: i64, request: &RequestId) -> Result<Order, Error> {
+        let item = AcceptOrder {
+            sale_id: sale.to_owned(),
+            buyer: buyer.to_owned(),
+            quantity,
+            request_id: request.to_string(),
+            traceparent: String::new(),
+        };
+        let answer = self.0.accept_orders(AcceptOrdersRequest { items: vec![item] }).await?;
+        only(answer.into_inner().results)
+    }
+
+    pub async fn pay(mut self, buyer: &str, order: OrderId, method: &str, request: &RequestId) -> Result<Order, Error> {
+        let item = PayOrderItem {
+            order_id: order.to_string(),
+            buyer: buyer.to_owned(),
+            payment_method: method.to_owned(),
+            request_id: request.to_string(),
+            traceparent: String::new(),
+        };
+        let answer = self.0.pay_orders(PayOrdersRequest { items: vec![item] }).await?;
+        only(answer.into_inner().results)
+    }
+
+    pub async fn cancel(mut self, buyer: &str, order: OrderId) -> Result<Order, Error> {
+        let item = CancelOrderItem { order_id: order.to_string(), buyer: buyer.to_owned(), traceparent: String::new() };
+        let answer = self.0.cancel_orders(CancelOrdersRequest { items: vec![item] }).await?;
+        only(answer.into_inner().results)
     }
 }
 
