@@ -17,7 +17,7 @@ pub struct Config {
     #[arg(long, env = "SECKILL_SAGA_BATCH", default_value_t = Config::default().saga_batch)]
     pub saga_batch: usize,
 
-    /// Such calls in flight at once. More hide round trips, fewer make larger batches.
+    /// Such calls in flight at once. More hide round trips, fewer make larger batches, which cost less for each order.
     #[arg(long, env = "SECKILL_SAGA_CALLS", default_value_t = Config::default().saga_calls)]
     pub saga_calls: usize,
 
@@ -120,7 +120,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             saga_batch: 512,
-            saga_calls: 2,
+            saga_calls: 1,
             accept_backlog: 2_048,
             funnel_batch: 512,
             funnel_workers: 3,

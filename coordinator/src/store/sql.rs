@@ -5,7 +5,7 @@
 //! changed. The log's primary key, (saga, version), is the compare-and-set: whatever
 //! else may fail, two transitions from one version cannot both be written.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 
 use async_trait::async_trait;
 use mesh::sql::{self, Error as SqlError};
@@ -289,19 +289,18 @@ async fn write_log(tx: &DatabaseTransaction, entries: &[(OrderId, Entry)], repla
 }
 
 /// One statement for many rows. They are there and locked: the insert's only effect is to carry the new values of all
-/// of them. (An UPDATE with a CASE per column does the same at a cost that grows with the square of the batch.)
-async fn write_rows(tx: &DatabaseTransaction, before: &[Row], after: &[Row]) -> Result<(), SqlError> {
-    let changed = |column: &Col| before.iter().zip(after).any(|(b, a)| value(*column, b) != value(*column, a));
-    let changed: Vec<Col> = CHANGING.into_iter().filter(changed).collect();
-    // The others have defaults, which are not what is there: they stay out of the update.
-    let others = changed.iter().filter(|column| !INSERTED.contains(column));
+/// of them. (An UPDATE with a CASE per column does the same at a cost that grows with the square of the batch.) It names
+/// every column that may change, changed or not: texts that differ by what changed would crowd each other out of the
+/// connections' caches, and parsing one takes longer than running it.
+async fn write_rows(tx: &DatabaseTransaction, rows: &[Row]) -> Result<(), SqlError> {
+    let others = CHANGING.iter().filter(|column| !INSERTED.contains(column));
     let columns: Vec<Col> = INSERTED.iter().chain(others).copied().collect();
     let mut insert = Query::insert();
     insert.into_table(Col::Table).columns(columns.iter().copied());
-    for row in after {
+    for row in rows {
         insert.values_panic(columns.iter().map(|column| Expr::value(value(*column, row))));
     }
-    insert.on_conflict(OnConflict::column(Col::SagaId).update_columns(changed).to_owned());
+    insert.on_conflict(OnConflict::column(Col::SagaId).update_columns(CHANGING).to_owned());
     tx.execute(&insert).await?;
     Ok(())
 }
@@ -360,7 +359,7 @@ impl Store for SqlStore {
                         .to_owned();
                     now.extend(rows(tx, &select).await?.into_iter().map(|row| (row.saga_id, row)));
                 }
-                let mut before: BTreeMap<OrderId, Row> = BTreeMap::new();
+                let mut changed = BTreeSet::new();
                 let mut entries = Vec::new();
                 let mut verdicts = Vec::with_capacity(ids.len());
                 for (index, id) in ids.iter().enumerate() {
@@ -373,15 +372,14 @@ impl Store for SqlStore {
                         continue;
                     };
                     entries.push((*id, entry));
-                    let old = std::mem::replace(current, next.clone());
-                    before.entry(*id).or_insert(old);
+                    changed.insert(*id);
+                    *current = next.clone();
                     verdicts.push(Ok(next));
                 }
                 write_log(tx, &entries, false).await?;
-                let before: Vec<Row> = before.into_values().collect();
-                let after: Vec<Row> = before.iter().map(|row| now[&row.saga_id].clone()).collect();
-                for (before, after) in sql::chunks(&before).zip(sql::chunks(&after)) {
-                    write_rows(tx, before, after).await?;
+                let after: Vec<Row> = changed.iter().filter_map(|id| now.remove(id)).collect();
+                for chunk in sql::chunks(&after) {
+                    write_rows(tx, chunk).await?;
                 }
                 Ok(verdicts)
             })
