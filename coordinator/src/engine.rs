@@ -16,6 +16,7 @@ use std::fmt;
 
 use crate::store::{Entry, Row};
 
+pub mod explain;
 pub mod plan;
 pub mod recovery;
 pub mod runner;

@@ -6,15 +6,17 @@ use proto::{
     Error, OrderId,
     error::Result,
     v1::{
-        AbandonSagaRequest, DeadLetter, GetSagaRequest, ListDeadLettersRequest, ListDeadLettersResponse,
-        ListSagasRequest, ListSagasResponse, RedriveDeadLetterRequest, RetrySagaRequest, Saga as WireSaga, SagaEvent,
+        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
+        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RedriveDeadLetterRequest, RetrySagaRequest,
+        Saga as WireSaga, SagaCourse, SagaEvent, SagaExplanation,
     },
 };
 
 use crate::{
     calls::Calls,
     engine::{
-        self, Saga,
+        self, Named, Saga,
+        explain::{Course, explain},
         runner::{Change, Engine, Guard},
     },
     order_saga::{self, OrderSaga},
@@ -59,6 +61,19 @@ impl Ops {
         let log = self.calls.store.log(row.saga_id).await?;
         check(&row, &log);
         Ok(saga(&row, &log))
+    }
+
+    /// What a retry or an abandon would do. Changes nothing.
+    pub async fn explain(&self, request: &ExplainSagaRequest) -> Result<SagaExplanation> {
+        let row = self.find(&request.saga).await?;
+        if !row.stuck {
+            return Err(not_stuck(&row));
+        }
+        if row.kind == RefundSaga::KIND {
+            explanation(&self.orders.context().refunds, &row, refund_saga::Event::Abandoned)
+        } else {
+            explanation(&self.orders, &row, order_saga::Event::Abandoned)
+        }
     }
 
     /// Puts a stuck saga back to work where it stood.
@@ -135,9 +150,29 @@ async fn abandon<S: Saga>(engine: &Engine<S>, row: &Row, event: S::Event, patch:
     verdicts.pop().ok_or_else(|| Error::internal("no verdict"))
 }
 
+fn explanation<S: Saga>(engine: &Engine<S>, row: &Row, abandoned: S::Event) -> Result<SagaExplanation> {
+    // A newer release's state: only that release can say.
+    let state = S::State::parse(&row.state).ok_or_else(|| Error::internal("a saga's state is not one of ours"))?;
+    let found = explain(engine.plan(), state, abandoned);
+    Ok(SagaExplanation {
+        saga: format!("sagas/{}", row.saga_id),
+        state: row.state.clone(),
+        past_pivot: found.past_pivot,
+        retry: Some(course(found.retry)),
+        abandon: found.abandon.map(course),
+    })
+}
+
+fn course(course: Course) -> SagaCourse {
+    SagaCourse {
+        steps: course.steps.into_iter().map(str::to_owned).collect(),
+        compensates: course.compensates,
+        resulting_state: course.result.to_owned(),
+    }
+}
+
 /// The log is the truth: a row that differs from it was changed by somebody else.
 fn check(row: &Row, log: &[Entry]) {
-    use engine::Named;
     let replayed = if row.kind == RefundSaga::KIND {
         engine::replay::<RefundSaga>(log).map(|state| state.name())
     } else {

@@ -13,8 +13,9 @@ use proto::{
         PayOrdersRequest, PayOrdersResponse, coordinator_server::Coordinator, order_result,
     },
     v1::{
-        AbandonSagaRequest, DeadLetter, GetSagaRequest, ListDeadLettersRequest, ListDeadLettersResponse,
-        ListSagasRequest, ListSagasResponse, Order, RedriveDeadLetterRequest, RetrySagaRequest, Saga,
+        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
+        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, Order, RedriveDeadLetterRequest,
+        RetrySagaRequest, Saga, SagaExplanation,
     },
 };
 use tonic::{Request, Response, Status};
@@ -74,6 +75,10 @@ impl Coordinator for Service {
 
     async fn get_saga(&self, request: Request<GetSagaRequest>) -> Result<Response<Saga>, Status> {
         Ok(Response::new(self.ops.get(&request.into_inner()).await?))
+    }
+
+    async fn explain_saga(&self, request: Request<ExplainSagaRequest>) -> Result<Response<SagaExplanation>, Status> {
+        Ok(Response::new(self.ops.explain(&request.into_inner()).await?))
     }
 
     async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {

@@ -6,7 +6,8 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use mesh::identity::{AuthArgs, Secret};
 use proto::v1::{
-    AbandonSagaRequest, GetSagaRequest, ListSagasRequest, RetrySagaRequest, Saga, operations_client::OperationsClient,
+    AbandonSagaRequest, ExplainSagaRequest, GetSagaRequest, ListSagasRequest, RetrySagaRequest, Saga, SagaCourse,
+    SagaExplanation, operations_client::OperationsClient,
 };
 use tonic::{Request, metadata::AsciiMetadataValue};
 
@@ -43,6 +44,11 @@ pub enum SagaVerb {
         /// Its id; an order saga's is its order's.
         saga: String,
     },
+    /// Tell what a retry or an abandon would do to a stuck saga, without doing it.
+    Explain {
+        /// Its id.
+        saga: String,
+    },
     /// Put a stuck saga back to work.
     Retry {
         /// Its id.
@@ -76,6 +82,9 @@ pub async fn run(args: SagaArgs) -> anyhow::Result<bool> {
     let answer = match args.verb {
         SagaVerb::List { state } => list(&mut operations, state).await,
         SagaVerb::Show { saga } => operations.get_saga(GetSagaRequest { saga }).await.map(|s| show(s.get_ref())),
+        SagaVerb::Explain { saga } => {
+            operations.explain_saga(ExplainSagaRequest { saga }).await.map(|e| explain(e.get_ref()))
+        }
         SagaVerb::Retry { saga } => operations.retry_saga(RetrySagaRequest { saga }).await.map(|s| show(s.get_ref())),
         SagaVerb::Abandon { saga, reason } => {
             operations.abandon_saga(AbandonSagaRequest { saga, reason }).await.map(|s| show(s.get_ref()))
@@ -123,5 +132,22 @@ fn show(saga: &Saga) {
     for event in &saga.history {
         let time = event.time.as_ref().map(ToString::to_string).unwrap_or_default();
         println!("  {:>3}  {time:<28} {:>18} -> {:<18} {}", event.version, event.from, event.to, event.detail);
+    }
+}
+
+fn explain(explanation: &SagaExplanation) {
+    let pivot = if explanation.past_pivot { "past the pivot: only forward" } else { "not past the pivot" };
+    println!("{}  {}  {pivot}", explanation.saga, explanation.state);
+    println!("retry    {}", explanation.retry.as_ref().map_or_else(|| "is refused".to_owned(), course));
+    println!("abandon  {}", explanation.abandon.as_ref().map_or_else(|| "is refused".to_owned(), course));
+    println!("Nothing was done. A step that finds something else when it runs leads elsewhere.");
+}
+
+fn course(course: &SagaCourse) -> String {
+    let SagaCourse { steps, compensates, resulting_state } = course;
+    match (steps.as_slice(), compensates) {
+        ([], _) => format!("does nothing more; the saga ends in {resulting_state} and an operator owns what is left"),
+        (steps, false) => format!("does {}; then {resulting_state}", steps.join(", ")),
+        (steps, true) => format!("gives back by {}; then {resulting_state}", steps.join(", ")),
     }
 }

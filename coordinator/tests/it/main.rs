@@ -802,12 +802,22 @@ async fn a_stuck_saga_is_listed_and_retried_by_an_operator() {
     assert_eq!((saga.name.clone(), saga.state.as_str(), saga.stuck), (format!("sagas/{id}"), "CAPTURED", true));
     assert!(saga.last_error.starts_with("mark_paid"), "{}", saga.last_error);
     assert_eq!(saga.next_attempt_time, None, "it waits for whoever can mend that");
+    let row = world.row(id).await;
+    let explain = v1::ExplainSagaRequest { saga: saga.name.clone() };
+    let explained = world.client().explain_saga(explain.clone()).await.unwrap().into_inner();
+    assert!(explained.past_pivot);
+    let (retried, abandoned) = (explained.retry.unwrap(), explained.abandon.unwrap());
+    assert_eq!(retried.steps, ["deduct", "mark_paid", "announce"]);
+    assert_eq!((retried.resulting_state.as_str(), abandoned.resulting_state.as_str()), ("PAID", "ABANDONED"));
+    assert_eq!(world.row(id).await, row, "explaining changes nothing");
     world.fakes.state().records.insert(id.to_string(), record);
     let retry = v1::RetrySagaRequest { saga: saga.name.clone() };
     world.client().retry_saga(retry.clone()).await.unwrap();
     world.until(id, "PAID").await;
     let error = proto::Error::from(world.client().retry_saga(retry).await.unwrap_err());
     assert_eq!((error.reason, error.metadata["state"].as_str()), (Reason::IllegalState, "PAID"));
+    let error = proto::Error::from(world.client().explain_saga(explain).await.unwrap_err());
+    assert_eq!(error.reason, Reason::IllegalState, "neither verb would be taken");
     assert!(stuck().await.is_empty());
 }
 

@@ -4,9 +4,9 @@ use mesh::link::Link;
 use proto::{
     internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
     v1::{
-        AbandonSagaRequest, DeadLetter, GetSagaRequest, ListDeadLettersRequest, ListDeadLettersResponse,
-        ListSagasRequest, ListSagasResponse, RebuildStockRequest, RedriveDeadLetterRequest, RetrySagaRequest, Saga,
-        StockReport, operations_server,
+        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
+        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RebuildStockRequest, RedriveDeadLetterRequest,
+        RetrySagaRequest, Saga, SagaExplanation, StockReport, operations_server,
     },
 };
 use tonic::{Request, Response, Status};
@@ -49,6 +49,18 @@ impl operations_server::Operations for Operations {
                 let request = request.into_inner();
                 given("saga", &request.saga)?;
                 handed_on(self.coordinator.clone().get_saga(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn explain_saga(&self, request: Request<ExplainSagaRequest>) -> Result<Response<SagaExplanation>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("saga", &request.saga)?;
+                handed_on(self.coordinator.clone().explain_saga(request).await)
             }
             .await,
         )

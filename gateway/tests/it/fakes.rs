@@ -253,6 +253,11 @@ impl coordinator_server::Coordinator for Service {
         Err(Error::not_found("saga").with_context("a secret").into())
     }
 
+    async fn explain_saga(&self, request: Request<v1::ExplainSagaRequest>) -> Answer<v1::SagaExplanation> {
+        let saga = format!("sagas/{}", request.into_inner().saga);
+        self.0.operate("ExplainSaga", v1::SagaExplanation { saga, ..Default::default() })
+    }
+
     async fn retry_saga(&self, request: Request<v1::RetrySagaRequest>) -> Answer<v1::Saga> {
         let name = format!("sagas/{}", request.into_inner().saga);
         self.0.operate("RetrySaga", v1::Saga { name, ..Default::default() })
