@@ -39,14 +39,29 @@ pub fn explain<S: Saga>(plan: &Plan<S>, state: S::State, abandoned: S::Event) ->
     Explanation { past_pivot, retry: course(plan, state), abandon }
 }
 
-fn course<S: Saga>(plan: &Plan<S>, state: S::State) -> Course {
-    let (steps, compensates, done) = match S::work(state) {
-        Work::Rest => (Vec::new(), false, None),
-        Work::Forward { steps, done } => (steps.to_vec(), false, done),
-        Work::Compensate { done } => (plan.compensations().map(|deed| deed.name).collect(), true, Some(done)),
-    };
-    let result = done.and_then(|event| S::next(state, event).ok()).unwrap_or(state).name();
-    Course { steps, compensates, result }
+/// The work of one state after the other, as the engine would do it, until a state has none.
+fn course<S: Saga>(plan: &Plan<S>, mut state: S::State) -> Course {
+    let (mut steps, mut compensates) = (Vec::new(), false);
+    // No course is longer than there are states, unless it goes round in circles.
+    for _ in S::State::ALL {
+        let done = match S::work(state) {
+            Work::Rest => None,
+            Work::Forward { steps: these, done } => {
+                steps.extend(these);
+                done
+            }
+            Work::Compensate { done } => {
+                steps.extend(plan.compensations().map(|deed| deed.name));
+                compensates = true;
+                Some(done)
+            }
+        };
+        match done.and_then(|event| S::next(state, event).ok()) {
+            Some(next) => state = next,
+            None => break,
+        }
+    }
+    Course { steps, compensates, result: state.name() }
 }
 
 #[cfg(test)]
@@ -64,7 +79,8 @@ mod tests {
     #[test]
     fn before_the_pivot_a_retry_goes_on_and_an_abandon_undoes_last_first() {
         let explanation = of(State::Paying);
-        let retry = Course { steps: vec!["intend", "charge"], compensates: false, result: "CAPTURED" };
+        let to_the_end = vec!["intend", "charge", "deduct", "mark_paid", "announce"];
+        let retry = Course { steps: to_the_end, compensates: false, result: "PAID" };
         let undo = Course { steps: vec!["void", "close", "release"], compensates: true, result: "CANCELLED" };
         assert_eq!(explanation, Explanation { past_pivot: false, retry, abandon: Some(undo) });
     }
