@@ -111,6 +111,18 @@ impl Process {
         Site::at(self.address)
     }
 
+    /// One of the program's own verbs at its door, by an operator: what it prints, and how it ends.
+    pub fn verb(&self, arguments: &[&str]) -> (String, ExitStatus) {
+        let output = Command::new(&self.program)
+            .args(arguments)
+            .args(["--gateway", &format!("http://{}", self.address)])
+            .env("SECKILL_AUTH_HS256_SECRET", SECRET)
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("the program starts");
+        (String::from_utf8(output.stdout).expect("text"), output.status)
+    }
+
     /// One HTTP request at its door, and the answer as it came.
     pub async fn http(&self, method: &str, path: &str, headers: &[(&str, String)], body: &str) -> io::Result<String> {
         http(self.address, method, path, headers, body).await

@@ -1,6 +1,6 @@
 //! payment-svc's settings.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use mesh::{clock::Clock, lifecycle::Lifecycle};
 use sea_orm::DatabaseConnection;
@@ -31,6 +31,11 @@ pub struct Config {
     /// When the simulated provider captures a charge by sim_timeout, whose call it never answers
     #[arg(long, env = "SECKILL_SIM_LATE_CAPTURE", default_value = "3s", value_parser = mesh::duration::parse_positive, value_name = "DURATION")]
     pub sim_late_capture: Duration,
+
+    /// While this file exists, the simulated provider is out of order: it does what it is asked to and answers nothing.
+    /// To practise what to do about orders that are stuck
+    #[arg(long, env = "SECKILL_SIM_SILENT_WHILE", value_name = "FILE")]
+    pub sim_silent_while: Option<PathBuf>,
 }
 
 /// A payment provider.
@@ -47,6 +52,7 @@ impl Default for Config {
             provider_timeout: Duration::from_millis(1_500),
             provider_webhook_secret: None,
             sim_late_capture: Duration::from_secs(3),
+            sim_silent_while: None,
         }
     }
 }
@@ -67,6 +73,7 @@ impl Config {
                 let config = SimConfig {
                     late_capture: self.sim_late_capture,
                     webhook_secret: self.provider_webhook_secret.as_ref().map(|s| s.clone().into_bytes()),
+                    silent_while: self.sim_silent_while.clone(),
                 };
                 Ok(Arc::new(SimProvider::start(db, clock, config, life)))
             }

@@ -4,6 +4,7 @@
 #![recursion_limit = "256"]
 
 mod kills;
+mod operators;
 mod replicas;
 mod sale;
 mod traces;

@@ -8,12 +8,16 @@
 //! | `sim_timeout` | is never answered | captured after the configured time; its webhook comes twice |
 //! | `sim_slow_2s` | is answered after two seconds: captured | a webhook says so, too |
 //!
+//! While the file of [`SimConfig::silent_while`] is there it is out of order: it hears every call and does what it is
+//! asked to, answers none, and sends no webhook.
+//!
 //! Idempotent by payment id. A charge that is not captured yet can be cancelled; one that was cancelled before it came is
 //! refused. Calls that come together share a transaction, so that it is not what a load test measures.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -98,6 +102,8 @@ pub struct SimConfig {
     pub late_capture: Duration,
     /// What webhooks are signed with; a random one for this process when there is none.
     pub webhook_secret: Option<Vec<u8>>,
+    /// It answers nothing while this file is there.
+    pub silent_while: Option<PathBuf>,
 }
 
 /// The simulated provider. Cheap to clone.
@@ -106,6 +112,7 @@ pub struct SimProvider {
     db: DatabaseConnection,
     clock: Clock,
     late_capture: Duration,
+    silent_while: Option<Arc<Path>>,
     secret: Arc<[u8]>,
     calls: Batcher<Call, Result<Option<Model>>>,
 }
@@ -153,12 +160,20 @@ impl SimProvider {
                 }
             })
         };
-        Self { db, clock, late_capture: config.late_capture, secret: secret.into(), calls }
+        let silent_while = config.silent_while.map(Arc::from);
+        Self { db, clock, late_capture: config.late_capture, silent_while, secret: secret.into(), calls }
     }
 
     async fn call(&self, call: Call) -> Result<Option<Model>, ProviderError> {
         let unknown = |error: proto::Error| ProviderError::Unknown(error.to_string());
-        self.calls.submit(call).await.map_err(|e| unknown(e.into()))?.map_err(unknown)
+        let answer = self.calls.submit(call).await.map_err(|e| unknown(e.into()))?.map_err(unknown);
+        // Heard and done, which is the hard case: the caller cannot tell it from a call that was lost.
+        if self.is_silent() { Err(never_answered("it answers nothing").await) } else { answer }
+    }
+
+    /// A file, so that it can be silenced from outside while it runs, in whichever process it does.
+    fn is_silent(&self) -> bool {
+        self.silent_while.as_deref().is_some_and(Path::exists)
     }
 
     /// Answers a slow call once it was captured, or cancelled meanwhile.
@@ -200,6 +215,9 @@ impl SimProvider {
 
     /// Delivers the webhooks that are due, and notes which were taken.
     async fn deliver(&self, sink: &WebhookSink) -> Result<()> {
+        if self.is_silent() {
+            return Ok(());
+        }
         let due = Entity::find().filter(Column::WebhookAt.lte(self.clock.now_ms())).limit(ROUND);
         let rows = due.all(&self.db).await.map_err(mesh::sql::fault)?;
         let mut delivered = Vec::with_capacity(rows.len());
@@ -269,10 +287,7 @@ impl Provider for SimProvider {
         match (decided, request.method.as_str()) {
             (Some(decided), _) => decided,
             (None, "sim_slow_2s") => self.until_decided(&request.payment_id).await,
-            (None, _) => {
-                tokio::time::sleep(HANGING).await;
-                Err(ProviderError::Unknown("it never answers this method".to_owned()))
-            }
+            (None, _) => Err(never_answered("it never answers this method").await),
         }
     }
 
@@ -328,6 +343,12 @@ impl Provider for SimProvider {
             }
         });
     }
+}
+
+/// Hangs for longer than any caller waits.
+async fn never_answered(why: &str) -> ProviderError {
+    tokio::time::sleep(HANGING).await;
+    ProviderError::Unknown(why.to_owned())
 }
 
 /// Why `sim_decline` declines.

@@ -122,6 +122,22 @@ async fn a_slow_charge_is_answered_by_the_call_when_there_is_time() {
 }
 
 #[tokio::test]
+async fn a_silent_provider_has_heard_what_it_does_not_answer() {
+    let database = migrated().await;
+    let folder = tempfile::tempdir().unwrap();
+    let outage = folder.path().join("outage");
+    std::fs::write(&outage, "").unwrap();
+    let role = start(&database, payment_svc::Config { sim_silent_while: Some(outage.clone()), ..config() }, None).await;
+    let item = item(order(), "p", "sim_approve");
+    assert_eq!(role.charge(item.clone()).await.unwrap().state(), State::Pending);
+    assert_eq!(role.resolve(&item.payment_id).await.unwrap().state(), State::Pending, "status calls hang as well");
+    std::fs::remove_file(&outage).unwrap();
+    assert_eq!(role.resolve(&item.payment_id).await.unwrap().state(), State::Captured);
+    assert_eq!(role.announced(1).await, [State::Captured]);
+    role.stop().await;
+}
+
+#[tokio::test]
 async fn e29_a_voided_order_is_never_charged() {
     let database = migrated().await;
     let role = start(&database, config(), None).await;
