@@ -30,6 +30,7 @@ mod config;
 pub mod domain;
 pub mod engine;
 pub mod funnel;
+mod holdings;
 pub mod lanes;
 pub mod ops;
 pub mod order_saga;

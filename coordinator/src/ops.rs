@@ -19,6 +19,7 @@ use crate::{
         explain::{Course, explain},
         runner::{Change, Engine, Guard},
     },
+    holdings::holdings,
     order_saga::{self, OrderSaga},
     refund_saga::{self, RefundSaga},
     store::{Entry, Filter, Patch, Row, Verdict},
@@ -212,6 +213,11 @@ fn saga(row: &Row, log: &[Entry]) -> WireSaga {
         create_time: Some(timestamp(row.create_at)),
         update_time: Some(timestamp(row.update_at)),
         history: log.iter().map(entry).collect(),
+        order: row.order_id.name(),
+        sale: row.sale_id.name(),
+        buyer: row.buyer.to_string(),
+        expire_time: Some(timestamp(row.expire_at)),
+        holdings: Some(holdings(row)),
     }
 }
 

@@ -4,10 +4,12 @@
 
 use bytes::Bytes;
 use prost_reflect::{
-    DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage, SerializeOptions,
-    Value,
+    DescriptorPool, DeserializeOptions, DynamicMessage, FieldDescriptor, Kind, MessageDescriptor, ReflectMessage,
+    SerializeOptions, Value,
 };
 use proto::Error;
+
+use crate::contract::PACKAGE;
 
 /// What a parser says can quote the whole request; the answer does not.
 const LONGEST_COMPLAINT: usize = 200;
@@ -59,6 +61,14 @@ pub fn write(message: &DynamicMessage) -> Result<Vec<u8>, Error> {
         .serialize_with_options(&mut serde_json::Serializer::new(&mut json), &OPTIONS)
         .map_err(|error| Error::internal(format_args!("own answer: {error}")))?;
     Ok(json)
+}
+
+/// Writes a message of the public contract as an answer has it; `name` is its type's, such as `Saga`. For tools.
+pub fn print<M: prost::Message>(name: &str, message: &M) -> Result<Vec<u8>, Error> {
+    let pool = DescriptorPool::decode(proto::DESCRIPTORS).map_err(Error::internal)?;
+    let descriptor = pool.get_message_by_name(&format!("{PACKAGE}.{name}"));
+    let descriptor = descriptor.ok_or_else(|| Error::internal(format_args!("{name} is no message")))?;
+    write(&read_wire(&descriptor, message.encode_to_vec().into())?)
 }
 
 fn parse(input: &MessageDescriptor, text: &str) -> Result<DynamicMessage, serde_json::Error> {

@@ -47,7 +47,7 @@ mod config;
 mod contract;
 mod failure;
 mod front;
-mod json;
+pub mod json;
 mod openapi;
 mod service;
 mod soldout;

@@ -44,7 +44,7 @@ pub enum Command {
     /// Apply migrations, or show which are applied.
     Migrate(MigrateArgs),
     /// Look at sagas and help those that are stuck.
-    Saga(crate::ops::SagaArgs),
+    Saga(crate::ops::saga::SagaArgs),
 }
 
 /// Where state lives. With nothing given everything is embedded.

@@ -1,27 +1,40 @@
-//! `seckill saga …`: an operator's view of sagas, and help for those that are stuck, through the gateway's public API.
+//! Operators' verbs, spoken at a running mesh's door: the gateway's public API, as a table for people or as its JSON.
 
-use std::time::Duration;
+use std::{fmt::Write as _, time::Duration};
 
-use anyhow::Context;
-use clap::{Args, Subcommand};
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
 use mesh::identity::{AuthArgs, Secret};
-use proto::v1::{
-    AbandonSagaRequest, ExplainSagaRequest, GetSagaRequest, ListSagasRequest, RetrySagaRequest, Saga, SagaCourse,
-    SagaExplanation, operations_client::OperationsClient,
+use proto::v1::operations_client::OperationsClient;
+use tonic::{
+    Request, Status,
+    metadata::AsciiMetadataValue,
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::{Channel, Endpoint},
 };
-use tonic::{Request, metadata::AsciiMetadataValue};
 
 use crate::tools;
 
-/// Options of `seckill saga`.
+pub mod saga;
+
+/// Entries asked for at once.
+const PAGE: i32 = 100;
+
+/// Which mesh, who asks, and how the answer is printed.
 #[derive(Args, Clone, Debug)]
-pub struct SagaArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub verb: SagaVerb,
+pub struct DoorArgs {
     /// The gateway.
     #[arg(long, global = true, env = "SECKILL_GATEWAY", default_value = "http://127.0.0.1:8080", value_name = "URL")]
     pub gateway: http::Uri,
+    /// Print a table, or the API's JSON.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    pub output: Output,
+    /// A token with the scope operator. Without one the key below mints it.
+    #[arg(long, global = true, env = "SECKILL_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Whom a minted token names.
+    #[arg(long, global = true, env = "SECKILL_OPERATOR", default_value = "seckill-cli", value_name = "NAME")]
+    pub operator: String,
     /// Where embedded backends keep their files, the signing key among them.
     #[arg(long, global = true, env = "SECKILL_DATA_DIR", default_value = "./seckill-data", value_name = "DIR")]
     pub data_dir: std::path::PathBuf,
@@ -30,124 +43,108 @@ pub struct SagaArgs {
     pub auth_hs256_secret: Option<Secret>,
 }
 
-/// What can be done with sagas.
-#[derive(Subcommand, Clone, Debug)]
-pub enum SagaVerb {
-    /// List stuck sagas, or those in a state.
-    List {
-        /// Only sagas in this state.
-        #[arg(long, default_value = "")]
-        state: String,
-    },
-    /// Show one saga with its history.
-    Show {
-        /// Its id; an order saga's is its order's.
-        saga: String,
-    },
-    /// Tell what a retry or an abandon would do to a stuck saga, without doing it.
-    Explain {
-        /// Its id.
-        saga: String,
-    },
-    /// Put a stuck saga back to work.
-    Retry {
-        /// Its id.
-        saga: String,
-    },
-    /// Give a stuck saga up.
-    Abandon {
-        /// Its id.
-        saga: String,
-        /// Why; it is recorded.
-        #[arg(long)]
-        reason: String,
-    },
+/// How answers are printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// As the HTTP API answers, on one line.
+    Json,
 }
 
-/// Runs the verb. False when the gateway refused it.
-pub async fn run(args: SagaArgs) -> anyhow::Result<bool> {
-    let auth = AuthArgs { auth_hs256_secret: args.auth_hs256_secret, ..Default::default() };
-    let minter = tools::minter(&auth, &args.data_dir)?;
-    let token = tools::mint(&minter, "seckill-cli", "operator", Duration::from_secs(60))?;
-    let bearer = format!("Bearer {token}");
-    let bearer: AsciiMetadataValue = bearer.parse().context("the token is not a header value")?;
-    let channel = tonic::transport::Endpoint::from(args.gateway.clone())
-        .connect()
-        .await
-        .with_context(|| format!("no gateway at {}", args.gateway))?;
-    let mut operations = OperationsClient::with_interceptor(channel, move |mut request: Request<()>| {
-        request.metadata_mut().insert("authorization", bearer.clone());
+impl Output {
+    /// Prints an answer; `name` is its message's in the API.
+    fn print<M: prost::Message>(self, name: &str, answer: &M, table: impl FnOnce(&M) -> String) -> anyhow::Result<()> {
+        let text = match self {
+            Output::Table => table(answer),
+            Output::Json => String::from_utf8(gateway::json::print(name, answer)?).context("JSON is text")?,
+        };
+        println!("{}", text.trim_end());
+        Ok(())
+    }
+}
+
+/// A gateway that takes us for an operator.
+type Door = InterceptedService<Channel, Bearer>;
+
+/// Adds the token to every call.
+#[derive(Clone, Debug)]
+pub struct Bearer(AsciiMetadataValue);
+
+impl Interceptor for Bearer {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("authorization", self.0.clone());
         Ok(request)
-    });
-    let answer = match args.verb {
-        SagaVerb::List { state } => list(&mut operations, state).await,
-        SagaVerb::Show { saga } => operations.get_saga(GetSagaRequest { saga }).await.map(|s| show(s.get_ref())),
-        SagaVerb::Explain { saga } => {
-            operations.explain_saga(ExplainSagaRequest { saga }).await.map(|e| explain(e.get_ref()))
-        }
-        SagaVerb::Retry { saga } => operations.retry_saga(RetrySagaRequest { saga }).await.map(|s| show(s.get_ref())),
-        SagaVerb::Abandon { saga, reason } => {
-            operations.abandon_saga(AbandonSagaRequest { saga, reason }).await.map(|s| show(s.get_ref()))
-        }
-    };
-    match answer {
+    }
+}
+
+impl DoorArgs {
+    async fn open(&self) -> anyhow::Result<Door> {
+        let token = match &self.token {
+            Some(token) => token.clone(),
+            None => {
+                let auth = AuthArgs { auth_hs256_secret: self.auth_hs256_secret.clone(), ..Default::default() };
+                let minter = tools::minter(&auth, &self.data_dir)?;
+                tools::mint(&minter, &self.operator, "operator", Duration::from_secs(60))?
+            }
+        };
+        let Ok(bearer) = format!("Bearer {token}").parse() else { bail!("the token is not a header's value") };
+        let channel = Endpoint::from(self.gateway.clone())
+            .connect()
+            .await
+            .with_context(|| format!("no gateway at {}", self.gateway))?;
+        Ok(InterceptedService::new(channel, Bearer(bearer)))
+    }
+
+    async fn operations(&self) -> anyhow::Result<OperationsClient<Door>> {
+        Ok(OperationsClient::new(self.open().await?))
+    }
+}
+
+/// Tells a refusal, which is an answer: false.
+fn told(outcome: anyhow::Result<()>) -> anyhow::Result<bool> {
+    match outcome {
         Ok(()) => Ok(true),
-        Err(status) => {
-            eprintln!("{}: {}", proto::error::code_name(status.code()), status.message());
-            Ok(false)
+        Err(error) => match error.downcast::<Status>() {
+            Ok(status) => {
+                eprintln!("{}: {}", proto::error::code_name(status.code()), status.message());
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        },
+    }
+}
+
+/// Lines up columns under their heads. The last may be as long as it likes.
+fn table<const N: usize>(heads: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            // Writing to a String cannot fail.
+            let _ = write!(line, "{cell:<width$}  ");
         }
+        text.push_str(line.trim_end());
+        text.push('\n');
     }
+    text
 }
 
-async fn list<T>(operations: &mut OperationsClient<T>, state: String) -> Result<(), tonic::Status>
-where
-    T: tonic::client::GrpcService<tonic::body::Body>,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: http_body::Body<Data = bytes::Bytes> + Send + 'static,
-    <T::ResponseBody as http_body::Body>::Error: Into<tonic::codegen::StdError> + Send,
-{
-    println!("{:<38} {:<12} {:<18} {:>8} {:>8}  last error", "saga", "kind", "state", "version", "attempts");
-    let mut page_token = String::new();
-    loop {
-        let request = ListSagasRequest { page_size: 100, page_token, state: state.clone() };
-        let page = operations.list_sagas(request).await?.into_inner();
-        for saga in &page.sagas {
-            let id = saga.name.trim_start_matches("sagas/");
-            let Saga { kind, state, version, attempts, last_error, .. } = saga;
-            println!("{id:<38} {kind:<12} {state:<18} {version:>8} {attempts:>8}  {last_error}");
-        }
-        if page.next_page_token.is_empty() {
-            return Ok(());
-        }
-        page_token = page.next_page_token;
-    }
+fn time(time: Option<&prost_types::Timestamp>) -> String {
+    time.map(ToString::to_string).unwrap_or_default()
 }
 
-fn show(saga: &Saga) {
-    println!("{}  {}  {}{}", saga.name, saga.kind, saga.state, if saga.stuck { "  STUCK" } else { "" });
-    println!("version {}, {} attempts at this step", saga.version, saga.attempts);
-    if !saga.last_error.is_empty() {
-        println!("last error: {}", saga.last_error);
-    }
-    for event in &saga.history {
-        let time = event.time.as_ref().map(ToString::to_string).unwrap_or_default();
-        println!("  {:>3}  {time:<28} {:>18} -> {:<18} {}", event.version, event.from, event.to, event.detail);
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn explain(explanation: &SagaExplanation) {
-    let pivot = if explanation.past_pivot { "past the pivot: only forward" } else { "not past the pivot" };
-    println!("{}  {}  {pivot}", explanation.saga, explanation.state);
-    println!("retry    {}", explanation.retry.as_ref().map_or_else(|| "is refused".to_owned(), course));
-    println!("abandon  {}", explanation.abandon.as_ref().map_or_else(|| "is refused".to_owned(), course));
-    println!("Nothing was done. A step that finds something else when it runs leads elsewhere.");
-}
-
-fn course(course: &SagaCourse) -> String {
-    let SagaCourse { steps, compensates, resulting_state } = course;
-    match (steps.as_slice(), compensates) {
-        ([], _) => format!("does nothing more; the saga ends in {resulting_state} and an operator owns what is left"),
-        (steps, false) => format!("does {}; then {resulting_state}", steps.join(", ")),
-        (steps, true) => format!("gives back by {}; then {resulting_state}", steps.join(", ")),
+    #[test]
+    fn columns_are_as_wide_as_what_is_in_them() {
+        let rows = [["a".to_owned(), "b c".to_owned()], ["longer".to_owned(), String::new()]];
+        assert_eq!(table(["id", "error"], rows), "id      error\na       b c\nlonger\n");
+        assert_eq!(table(["id"], []), "id\n");
     }
 }

@@ -17,7 +17,10 @@ use proto::{
     OrderId, Reason, RequestId,
     internal::PaymentState,
     subjects,
-    v1::{self, OrderState},
+    v1::{
+        self, OrderState,
+        saga_holdings::{Money, Units},
+    },
 };
 use world::{Publish, SALE, World, config, order_id};
 
@@ -802,6 +805,9 @@ async fn a_stuck_saga_is_listed_and_retried_by_an_operator() {
     assert_eq!((saga.name.clone(), saga.state.as_str(), saga.stuck), (format!("sagas/{id}"), "CAPTURED", true));
     assert!(saga.last_error.starts_with("mark_paid"), "{}", saga.last_error);
     assert_eq!(saga.next_attempt_time, None, "it waits for whoever can mend that");
+    let holdings = saga.holdings.clone().unwrap();
+    assert_eq!((holdings.units(), holdings.money()), (Units::Moving, Money::Captured));
+    assert_eq!((saga.buyer.as_str(), holdings.quantity, holdings.hold), ("alice", 1, id.to_string()));
     let row = world.row(id).await;
     let explain = v1::ExplainSagaRequest { saga: saga.name.clone() };
     let explained = world.client().explain_saga(explain.clone()).await.unwrap().into_inner();
