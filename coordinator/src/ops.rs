@@ -1,4 +1,5 @@
-//! The operator's verbs: look at sagas, help those that are stuck, and messages that nobody could use.
+//! The operator's verbs: look at sagas, help those that are stuck, and messages that nobody could use. And the book of
+//! what operators did, wherever they did it.
 
 use std::sync::Arc;
 
@@ -6,9 +7,9 @@ use proto::{
     Error, OrderId,
     error::Result,
     v1::{
-        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
-        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RedriveDeadLetterRequest, RetrySagaRequest,
-        Saga as WireSaga, SagaCourse, SagaEvent, SagaExplanation,
+        AbandonSagaRequest, Action as WireAction, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest,
+        ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
+        RedriveDeadLetterRequest, RetrySagaRequest, Saga as WireSaga, SagaCourse, SagaEvent, SagaExplanation,
     },
 };
 
@@ -22,7 +23,7 @@ use crate::{
     holdings::holdings,
     order_saga::{self, OrderSaga},
     refund_saga::{self, RefundSaga},
-    store::{Entry, Filter, Patch, Row, Verdict},
+    store::{Action, Entry, Filter, Patch, Row, Verdict},
     wire::timestamp,
 };
 
@@ -30,6 +31,8 @@ const DEFAULT_PAGE: i32 = 50;
 const LARGEST_PAGE: i32 = 100;
 /// Of an operator's reason.
 const MAX_REASON: usize = 400;
+/// As its column takes it.
+const MAX_ACTION_ID: usize = 32;
 
 /// What operators can do. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -134,6 +137,39 @@ impl Ops {
         Ok(dead_letter(letter))
     }
 
+    /// Writes down what an operator does; once more, how it ended.
+    pub async fn record_action(&self, action: WireAction) -> Result<()> {
+        let id = action.name.strip_prefix("actions/").unwrap_or(&action.name);
+        if id.is_empty() || id.len() > MAX_ACTION_ID {
+            return Err(Error::invalid("name", format!("must be 1 to {MAX_ACTION_ID} bytes")));
+        }
+        let time = action.time.ok_or_else(|| Error::invalid("time", "must be given"))?;
+        let outcome = action.outcome();
+        let action = Action {
+            id: id.to_owned(),
+            operator: action.operator,
+            verb: action.verb,
+            target: action.target,
+            detail: action.detail,
+            reason: action.reason,
+            outcome,
+            error: action.error,
+            at: time.seconds * 1_000 + i64::from(time.nanos) / 1_000_000,
+        };
+        self.calls.store.record_action(action).await
+    }
+
+    /// A page of actions, newest first.
+    pub async fn actions(&self, request: &ListActionsRequest) -> Result<ListActionsResponse> {
+        let size = page_size(request.page_size)?;
+        let before = (!request.page_token.is_empty()).then_some(request.page_token.as_str());
+        let mut actions = self.calls.store.actions(before, &request.target, size + 1).await?;
+        let more = actions.len() as u64 > size;
+        actions.truncate(size as usize);
+        let next_page_token = actions.last().filter(|_| more).map(|action| action.id.clone()).unwrap_or_default();
+        Ok(ListActionsResponse { actions: actions.into_iter().map(wire_action).collect(), next_page_token })
+    }
+
     async fn find(&self, name: &str) -> Result<Row> {
         let text = name.strip_prefix("sagas/").unwrap_or(name);
         if text.is_empty() {
@@ -230,6 +266,20 @@ fn entry(entry: &Entry) -> SagaEvent {
         to: entry.to.clone(),
         detail,
         time: Some(timestamp(entry.at)),
+    }
+}
+
+fn wire_action(action: Action) -> WireAction {
+    WireAction {
+        name: format!("actions/{}", action.id),
+        operator: action.operator,
+        verb: action.verb,
+        target: action.target,
+        detail: action.detail,
+        reason: action.reason,
+        outcome: action.outcome.into(),
+        error: action.error,
+        time: Some(timestamp(action.at)),
     }
 }
 

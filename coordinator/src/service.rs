@@ -13,9 +13,9 @@ use proto::{
         PayOrdersRequest, PayOrdersResponse, coordinator_server::Coordinator, order_result,
     },
     v1::{
-        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
-        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, Order, RedriveDeadLetterRequest,
-        RetrySagaRequest, Saga, SagaExplanation,
+        AbandonSagaRequest, Action, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest,
+        ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
+        Order, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation,
     },
 };
 use tonic::{Request, Response, Status};
@@ -101,6 +101,17 @@ impl Coordinator for Service {
         request: Request<RedriveDeadLetterRequest>,
     ) -> Result<Response<DeadLetter>, Status> {
         Ok(Response::new(self.ops.redrive(&request.into_inner()).await?))
+    }
+
+    async fn list_actions(
+        &self,
+        request: Request<ListActionsRequest>,
+    ) -> Result<Response<ListActionsResponse>, Status> {
+        Ok(Response::new(self.ops.actions(request.get_ref()).await?))
+    }
+
+    async fn record_action(&self, request: Request<Action>) -> Result<Response<()>, Status> {
+        Ok(Response::new(self.ops.record_action(request.into_inner()).await?))
     }
 }
 

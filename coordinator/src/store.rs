@@ -1,4 +1,4 @@
-//! Where sagas are kept: a row each, and an append-only log of their transitions.
+//! Where sagas are kept: a row each, and an append-only log of their transitions. What operators did is kept beside.
 //!
 //! Knows states and events only by name; what is legal is decided by the caller, inside the transaction that locked
 //! the row. Every method is one batch and at most one transaction.
@@ -6,7 +6,7 @@
 use std::{collections::HashMap, fmt, sync::Arc};
 
 use async_trait::async_trait;
-use proto::{BuyerId, Money, OrderId, Reason, SaleId, error::Result};
+use proto::{BuyerId, Money, OrderId, Reason, SaleId, error::Result, v1::action::Outcome};
 
 pub mod sql;
 #[cfg(test)]
@@ -192,6 +192,29 @@ pub enum Filter {
     State(String),
 }
 
+/// What an operator did, as `seckill.v1.Action` has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Action {
+    /// Its id; ids grow with time.
+    pub id: String,
+    /// Who.
+    pub operator: String,
+    /// The rpc.
+    pub verb: String,
+    /// To what.
+    pub target: String,
+    /// What else was asked for.
+    pub detail: String,
+    /// Why.
+    pub reason: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it was not done.
+    pub error: String,
+    /// When.
+    pub at: i64,
+}
+
 /// Keeps sagas. See the module.
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug {
@@ -224,4 +247,11 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Puts a stuck saga back to work; `false` when it is not stuck.
     async fn retry(&self, id: OrderId, now: i64) -> Result<bool>;
+
+    /// Writes down what an operator does. What is known by that id keeps all but its outcome, and that as well once it
+    /// has one.
+    async fn record_action(&self, action: Action) -> Result<()>;
+
+    /// Actions before this one, newest first; of this target alone unless it is empty.
+    async fn actions(&self, before: Option<&str>, target: &str, limit: u64) -> Result<Vec<Action>>;
 }

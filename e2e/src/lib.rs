@@ -328,22 +328,42 @@ impl Client {
 
     /// Lets a paused sale go on.
     pub async fn open(&self, sale: &str) -> Answer<Sale> {
-        Ok(self.sales.clone().open_sale(OpenSaleRequest { sale: sale.into() }).await?.into_inner())
+        Ok(self
+            .sales
+            .clone()
+            .open_sale(OpenSaleRequest { sale: sale.into(), ..Default::default() })
+            .await?
+            .into_inner())
     }
 
     /// Pauses a sale.
     pub async fn pause(&self, sale: &str) -> Answer<Sale> {
-        Ok(self.sales.clone().pause_sale(PauseSaleRequest { sale: sale.into() }).await?.into_inner())
+        Ok(self
+            .sales
+            .clone()
+            .pause_sale(PauseSaleRequest { sale: sale.into(), ..Default::default() })
+            .await?
+            .into_inner())
     }
 
     /// Ends a sale.
     pub async fn close(&self, sale: &str) -> Answer<Sale> {
-        Ok(self.sales.clone().close_sale(CloseSaleRequest { sale: sale.into() }).await?.into_inner())
+        Ok(self
+            .sales
+            .clone()
+            .close_sale(CloseSaleRequest { sale: sale.into(), ..Default::default() })
+            .await?
+            .into_inner())
     }
 
     /// Raises or lowers the stock.
     pub async fn adjust(&self, sale: &str, delta: i64) -> Answer<StockReport> {
-        let request = AdjustStockRequest { sale: sale.into(), delta, request_id: Uuid::new_v4().to_string() };
+        let request = AdjustStockRequest {
+            sale: sale.into(),
+            delta,
+            request_id: Uuid::new_v4().to_string(),
+            ..Default::default()
+        };
         Ok(self.sales.clone().adjust_stock(request).await?.into_inner())
     }
 
@@ -354,7 +374,12 @@ impl Client {
 
     /// Rebuilds a sale's permits.
     pub async fn rebuild(&self, sale: &str) -> Answer<StockReport> {
-        Ok(self.operations.clone().rebuild_stock(RebuildStockRequest { sale: sale.into() }).await?.into_inner())
+        Ok(self
+            .operations
+            .clone()
+            .rebuild_stock(RebuildStockRequest { sale: sale.into(), ..Default::default() })
+            .await?
+            .into_inner())
     }
 }
 

@@ -62,6 +62,7 @@ use contract::Contract;
 use front::Front;
 use service::{
     Callers,
+    actions::Actions,
     operations::Operations,
     orders::{LONGEST_WAIT, Links, OrderWatchers, Orders},
     sales::{SaleWatchers, Sales},
@@ -130,9 +131,10 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let callers = Callers::new(backends.verifier);
     let links =
         Links { stock: backends.stock.clone(), order: backends.order, coordinator: backends.coordinator.clone() };
-    let sales = Sales::new(callers.clone(), backends.stock.clone(), sales_watched, life);
+    let actions = Actions::new(backends.coordinator.clone(), backends.clock);
+    let sales = Sales::new(callers.clone(), actions.clone(), backends.stock.clone(), sales_watched, life);
     let orders = Orders::new(callers.clone(), (memory, accepted), orders_watched, links, config.request_timeout, life);
-    let operations = Operations::new(callers, backends.coordinator, backends.stock);
+    let operations = Operations::new(callers, actions, backends.coordinator, backends.stock);
     let rpcs = Routes::new(SalesServer::new(sales).max_decoding_message_size(MAX_BODY))
         .add_service(OrdersServer::new(orders).max_decoding_message_size(MAX_BODY))
         .add_service(OperationsServer::new(operations).max_decoding_message_size(MAX_BODY))

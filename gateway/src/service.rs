@@ -9,6 +9,7 @@ use mesh::identity::{Identity, Verifier};
 use proto::{BuyerId, Error, Reason, SaleId};
 use tonic::{Response, Status, metadata::MetadataMap};
 
+pub mod actions;
 pub mod operations;
 pub mod orders;
 pub mod sales;
@@ -42,8 +43,10 @@ impl Callers {
         self.known(metadata)?.require_buyer().cloned()
     }
 
-    fn operator(&self, metadata: &MetadataMap) -> Result<(), Error> {
-        self.known(metadata)?.require_operator()
+    fn operator(&self, metadata: &MetadataMap) -> Result<Identity, Error> {
+        let identity = self.known(metadata)?;
+        identity.require_operator()?;
+        Ok(identity)
     }
 }
 

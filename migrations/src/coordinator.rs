@@ -1,4 +1,4 @@
-//! coordinator's schema: one row a saga, and an append-only log of its transitions.
+//! coordinator's schema: one row a saga, an append-only log of its transitions, and what operators did.
 
 use sea_orm::DbBackend;
 use sea_orm_migration::prelude::*;
@@ -12,7 +12,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Sagas)]
+        vec![Box::new(Sagas), Box::new(Actions)]
     }
 
     fn migration_table_name() -> DynIden {
@@ -154,6 +154,59 @@ impl MigrationTrait for Sagas {
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager.drop_table(Table::drop().table(CoordinatorSagaEvent::Table).to_owned()).await?;
         manager.drop_table(Table::drop().table(CoordinatorSaga::Table).to_owned()).await
+    }
+}
+
+#[derive(DeriveIden)]
+enum CoordinatorAction {
+    Table,
+    ActionId,
+    Operator,
+    Verb,
+    Target,
+    Detail,
+    Reason,
+    Outcome,
+    Error,
+    At,
+}
+
+struct Actions;
+
+impl MigrationName for Actions {
+    fn name(&self) -> &str {
+        "m0002_coordinator_action"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Actions {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let table = new_table(manager, CoordinatorAction::Table)
+            // Begins with the time: in its order is in time's.
+            .col(text(CoordinatorAction::ActionId, 32).primary_key())
+            .col(text(CoordinatorAction::Operator, 128))
+            .col(text(CoordinatorAction::Verb, 32))
+            .col(text(CoordinatorAction::Target, 320))
+            .col(text(CoordinatorAction::Detail, 128))
+            .col(text(CoordinatorAction::Reason, 256))
+            // The number of seckill.v1.Action.Outcome.
+            .col(ColumnDef::new(CoordinatorAction::Outcome).integer().not_null())
+            .col(text(CoordinatorAction::Error, 64))
+            .col(number(CoordinatorAction::At))
+            .to_owned();
+        manager.create_table(table).await?;
+        let index = Index::create()
+            .name("coordinator_action_by_target")
+            .table(CoordinatorAction::Table)
+            .col(CoordinatorAction::Target)
+            .col(CoordinatorAction::ActionId)
+            .to_owned();
+        manager.create_index(index).await
+    }
+
+    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager.drop_table(Table::drop().table(CoordinatorAction::Table).to_owned()).await
     }
 }
 

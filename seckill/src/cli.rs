@@ -62,6 +62,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Token(args) => tools::token(&args),
         Command::Migrate(args) => tools::migrate(&args).await,
         Command::Saga(args) => ops::saga::run(args).await,
+        Command::Actions(args) => ops::actions::run(args).await,
     }
 }
 

@@ -45,6 +45,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Look at sagas and help those that are stuck.
     Saga(crate::ops::saga::SagaArgs),
+    /// List what operators did: who, when, to what, why, and how it ended.
+    Actions(crate::ops::actions::ActionsArgs),
 }
 
 /// Where state lives. With nothing given everything is embedded.
@@ -288,7 +290,7 @@ fn wants_running_mesh(arguments: &[String]) -> bool {
     let has = |flag: &str| arguments.iter().any(|a| a == flag || a.starts_with(&format!("{flag}=")));
     match arguments.get(1).map(String::as_str) {
         Some("demo") => has("--gateway"),
-        Some("audit" | "token" | "saga") => !has("--data-dir") && !has("--database-url"),
+        Some("audit" | "token" | "saga" | "actions") => !has("--data-dir") && !has("--database-url"),
         _ => false,
     }
 }

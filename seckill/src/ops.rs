@@ -15,6 +15,7 @@ use tonic::{
 
 use crate::tools;
 
+pub mod actions;
 pub mod saga;
 
 /// Entries asked for at once.

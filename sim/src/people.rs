@@ -303,16 +303,26 @@ pub async fn operate(world: Arc<World>, told: Arc<Told>) {
         for _ in 0..5 {
             let sale = sale.clone();
             let done = match verb {
-                Verb::Pause => sales.pause_sale(operator.with(PauseSaleRequest { sale })).await.map(drop),
-                Verb::Open => sales.open_sale(operator.with(OpenSaleRequest { sale })).await.map(drop),
-                Verb::Close => sales.close_sale(operator.with(CloseSaleRequest { sale })).await.map(drop),
+                Verb::Pause => {
+                    sales.pause_sale(operator.with(PauseSaleRequest { sale, ..Default::default() })).await.map(drop)
+                }
+                Verb::Open => {
+                    sales.open_sale(operator.with(OpenSaleRequest { sale, ..Default::default() })).await.map(drop)
+                }
+                Verb::Close => {
+                    sales.close_sale(operator.with(CloseSaleRequest { sale, ..Default::default() })).await.map(drop)
+                }
                 Verb::Adjust(delta) => {
                     // Also without an answer it may have been done.
                     told.raised.fetch_or(delta > 0, Ordering::Relaxed);
-                    let request = AdjustStockRequest { sale, delta, request_id: request_id.clone() };
+                    let request =
+                        AdjustStockRequest { sale, delta, request_id: request_id.clone(), ..Default::default() };
                     sales.adjust_stock(operator.with(request)).await.map(drop)
                 }
-                Verb::Rebuild => operations.rebuild_stock(operator.with(RebuildStockRequest { sale })).await.map(drop),
+                Verb::Rebuild => operations
+                    .rebuild_stock(operator.with(RebuildStockRequest { sale, ..Default::default() }))
+                    .await
+                    .map(drop),
             };
             operator.hands.note(|| format!("{verb:?}: {done:?}"));
             match done {

@@ -203,6 +203,14 @@ impl sagas::Store for Faulty<dyn sagas::Store> {
     async fn retry(&self, id: OrderId, now: i64) -> Result<bool> {
         stored!(self, retry(id), self.behind.retry(id, now))
     }
+
+    async fn record_action(&self, action: sagas::Action) -> Result<()> {
+        stored!(self, record_action(action), self.behind.record_action(action.clone()))
+    }
+
+    async fn actions(&self, before: Option<&str>, target: &str, limit: u64) -> Result<Vec<sagas::Action>> {
+        stored!(self, actions(before, target), self.behind.actions(before, target, limit))
+    }
 }
 
 #[async_trait]

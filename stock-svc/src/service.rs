@@ -143,7 +143,7 @@ impl Stock for Service {
     }
 
     async fn adjust_stock(&self, request: Request<AdjustStockRequest>) -> Result<Response<StockReport>, Status> {
-        let AdjustStockRequest { sale, delta, request_id } = request.into_inner();
+        let AdjustStockRequest { sale, delta, request_id, .. } = request.into_inner();
         let sale = SaleId::parse("sale", &sale)?;
         let request = RequestId::parse("request_id", &request_id)?;
         Ok(Response::new(self.engine.adjust_stock(&sale, request, delta).await?))

@@ -9,14 +9,14 @@ use std::collections::{BTreeSet, HashMap};
 
 use async_trait::async_trait;
 use mesh::sql::{self, Error as SqlError};
-use proto::{BuyerId, Error, Money, OrderId, Reason, SaleId, error::Result};
+use proto::{BuyerId, Error, Money, OrderId, Reason, SaleId, error::Result, v1::action::Outcome};
 use sea_orm::{
     ConnectionTrait, DatabaseConnection, DatabaseTransaction, DeriveIden, FromQueryResult, Order, StatementBuilder,
     prelude::Expr,
     sea_query::{Alias, ExprTrait, LockBehavior, LockType, OnConflict, Query, SelectStatement, Value},
 };
 
-use super::{Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict, Which};
+use super::{Action, Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict, Which};
 
 /// What fits the columns for people.
 const TEXT_LIMIT: usize = 500;
@@ -107,6 +107,21 @@ enum LogCol {
     FromState,
     ToState,
     Detail,
+    At,
+}
+
+#[derive(Clone, Copy, DeriveIden)]
+enum ActionCol {
+    #[sea_orm(iden = "coordinator_action")]
+    Table,
+    ActionId,
+    Operator,
+    Verb,
+    Target,
+    Detail,
+    Reason,
+    Outcome,
+    Error,
     At,
 }
 
@@ -516,5 +531,72 @@ impl Store for SqlStore {
             .and_where(Expr::col(Col::Stuck).eq(true))
             .to_owned();
         Ok(self.db.execute(&update).await.map_err(sql::fault)?.rows_affected() > 0)
+    }
+
+    async fn record_action(&self, action: Action) -> Result<()> {
+        use ActionCol as Col;
+        let (id, outcome, error) = (action.id.clone(), i32::from(action.outcome), action.error.clone());
+        let insert = Query::insert()
+            .into_table(Col::Table)
+            .columns([
+                Col::ActionId,
+                Col::Operator,
+                Col::Verb,
+                Col::Target,
+                Col::Detail,
+                Col::Reason,
+                Col::Outcome,
+                Col::Error,
+                Col::At,
+            ])
+            .values_panic([
+                action.id.into(),
+                action.operator.into(),
+                action.verb.into(),
+                action.target.into(),
+                action.detail.into(),
+                action.reason.into(),
+                outcome.into(),
+                action.error.into(),
+                action.at.into(),
+            ])
+            .on_conflict(OnConflict::column(Col::ActionId).do_nothing_on([Col::ActionId]).to_owned())
+            .to_owned();
+        self.db.execute(&insert).await.map_err(sql::fault)?;
+        let settle = Query::update()
+            .table(Col::Table)
+            .value(Col::Outcome, outcome)
+            .value(Col::Error, error)
+            .and_where(Expr::col(Col::ActionId).eq(id))
+            .and_where(Expr::col(Col::Outcome).eq(i32::from(Outcome::Begun)))
+            .to_owned();
+        self.db.execute(&settle).await.map_err(sql::fault)?;
+        Ok(())
+    }
+
+    async fn actions(&self, before: Option<&str>, target: &str, limit: u64) -> Result<Vec<Action>> {
+        let mut select = Query::select();
+        select.expr(Expr::cust("*")).from(ActionCol::Table).order_by(ActionCol::ActionId, Order::Desc).limit(limit);
+        if let Some(before) = before {
+            select.and_where(Expr::col(ActionCol::ActionId).lt(before));
+        }
+        if !target.is_empty() {
+            select.and_where(Expr::col(ActionCol::Target).eq(target));
+        }
+        let found = self.db.query_all(&select).await.map_err(sql::fault)?;
+        let read = |row: &sea_orm::QueryResult| -> std::result::Result<Action, sea_orm::DbErr> {
+            Ok(Action {
+                id: row.try_get("", "action_id")?,
+                operator: row.try_get("", "operator")?,
+                verb: row.try_get("", "verb")?,
+                target: row.try_get("", "target")?,
+                detail: row.try_get("", "detail")?,
+                reason: row.try_get("", "reason")?,
+                outcome: Outcome::try_from(row.try_get::<i32>("", "outcome")?).unwrap_or_default(),
+                error: row.try_get("", "error")?,
+                at: row.try_get("", "at")?,
+            })
+        };
+        found.iter().map(|row| read(row).map_err(sql::fault)).collect()
     }
 }

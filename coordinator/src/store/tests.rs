@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use proto::{BuyerId, Money, OrderId, Reason, RequestId, SaleId};
+use proto::{BuyerId, Money, OrderId, Reason, RequestId, SaleId, v1::action::Outcome};
 
-use super::{Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, Which, sql::SqlStore};
+use super::{
+    Action, Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, Which, sql::SqlStore,
+};
 
 /// A saga as the funnel writes it.
 pub(crate) fn new_row(id: OrderId) -> Row {
@@ -262,6 +264,38 @@ async fn deadlines_and_lists_come_in_order_and_in_pages() {
         let mut ids: Vec<OrderId> = rows.iter().map(|row| row.saga_id).collect();
         ids.sort();
         assert_eq!(seen, ids, "{kind}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_action_is_kept_as_it_began_and_ends_once() {
+    on_each(async |store, kind| {
+        let begun = |number: i64, target: &str| Action {
+            id: format!("{number:028x}"),
+            operator: "Ölga".to_owned(),
+            verb: "PauseSale".to_owned(),
+            target: target.to_owned(),
+            detail: String::new(),
+            reason: "it's \"odd\"".to_owned(),
+            outcome: Outcome::Begun,
+            error: String::new(),
+            at: number,
+        };
+        let first = begun(1, "sales/spring");
+        let done = Action { outcome: Outcome::Done, ..first.clone() };
+        let late = Action { outcome: Outcome::Refused, reason: "another".to_owned(), ..first.clone() };
+        for action in [&first, &first, &done, &first, &late] {
+            store.record_action(action.clone()).await.unwrap();
+        }
+        let (second, third) = (begun(2, "sales/summer"), begun(3, "sales/spring"));
+        for action in [&third, &second] {
+            store.record_action(action.clone()).await.unwrap();
+        }
+        let all = store.actions(None, "", 10).await.unwrap();
+        assert_eq!(all, [third.clone(), second.clone(), done.clone()], "{kind}: newest first");
+        assert_eq!(store.actions(Some(&third.id), "", 1).await.unwrap(), [second], "{kind}: a page");
+        assert_eq!(store.actions(None, "sales/spring", 10).await.unwrap(), [third, done], "{kind}: of one target");
     })
     .await;
 }

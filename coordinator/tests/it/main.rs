@@ -290,7 +290,7 @@ async fn e20_a_poison_message_becomes_a_dead_letter_and_blocks_nobody() {
     let letter = eventually("a dead letter", async || letters().await.pop()).await;
     assert_eq!((letter.message_id.as_str(), letter.payload.starts_with(b"\xff\xff")), ("poison", true));
     assert!(letter.reason.contains("OrderPlaced"), "{}", letter.reason);
-    let request = v1::RedriveDeadLetterRequest { dead_letter: letter.name.clone() };
+    let request = v1::RedriveDeadLetterRequest { dead_letter: letter.name.clone(), ..Default::default() };
     world.client().redrive_dead_letter(request.clone()).await.unwrap();
     eventually("the same poison again", async || letters().await.pop().filter(|l| l.name != letter.name)).await;
     assert_eq!(
@@ -817,7 +817,7 @@ async fn a_stuck_saga_is_listed_and_retried_by_an_operator() {
     assert_eq!((retried.resulting_state.as_str(), abandoned.resulting_state.as_str()), ("PAID", "ABANDONED"));
     assert_eq!(world.row(id).await, row, "explaining changes nothing");
     world.fakes.state().records.insert(id.to_string(), record);
-    let retry = v1::RetrySagaRequest { saga: saga.name.clone() };
+    let retry = v1::RetrySagaRequest { saga: saga.name.clone(), ..Default::default() };
     world.client().retry_saga(retry.clone()).await.unwrap();
     world.until(id, "PAID").await;
     let error = proto::Error::from(world.client().retry_saga(retry).await.unwrap_err());

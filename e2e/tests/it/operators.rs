@@ -49,7 +49,8 @@ async fn a_saga_stuck_on_a_silent_provider_is_explained_and_then_finished_by_a_r
     assert_eq!(mesh.verb(&["saga", "show", &saga]).0, shown, "explaining changes nothing");
 
     std::fs::remove_file(&outage).expect("the provider recovers");
-    let (retried, _) = mesh.verb(&["saga", "retry", &saga, "--output", "json"]);
+    let (retried, _) =
+        mesh.verb(&["saga", "retry", &saga, "--reason", "the bank is back", "--operator", "olga", "--output", "json"]);
     let retried: serde_json::Value = serde_json::from_str(&retried).expect("JSON");
     assert_eq!((&retried["stuck"], &retried["name"]), (&false.into(), &format!("sagas/{saga}").into()));
     alice.becomes(&order, OrderState::Paid).await;
@@ -57,6 +58,13 @@ async fn a_saga_stuck_on_a_silent_provider_is_explained_and_then_finished_by_a_r
     assert_eq!((report.available, report.held, report.sold), (2, 0, 1));
     let (_, again) = mesh.verb(&["saga", "retry", &saga]);
     assert!(!again.success(), "it is not stuck any more");
+    let target = format!("sagas/{saga}");
+    let (actions, _) = mesh.verb(&["actions", "--target", &target, "--output", "json"]);
+    let actions: serde_json::Value = serde_json::from_str(&actions).expect("JSON");
+    let told =
+        |at: usize| ["operator", "outcome", "reason", "error"].map(|field| actions["actions"][at][field].clone());
+    assert_eq!(told(0), ["seckill-cli", "REFUSED", "", "ILLEGAL_STATE"]);
+    assert_eq!(told(1), ["olga", "DONE", "the bank is back", ""]);
     // Money: captured once, as PAID says.
     mesh.kill();
     let storage = StorageArgs { data_dir, ..Default::default() };

@@ -4,27 +4,32 @@ use mesh::link::Link;
 use proto::{
     internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
     v1::{
-        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListDeadLettersRequest,
-        ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RebuildStockRequest, RedriveDeadLetterRequest,
-        RetrySagaRequest, Saga, SagaExplanation, StockReport, operations_server,
+        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest, ListActionsResponse,
+        ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RebuildStockRequest,
+        RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation, StockReport, operations_server,
     },
 };
 use tonic::{Request, Response, Status};
 
-use super::{Callers, answer, given, handed_on, page_size, sale};
+use super::{
+    Callers,
+    actions::{Actions, Deed},
+    answer, given, handed_on, page_size, sale,
+};
 
 /// Serves `seckill.v1.Operations`.
 #[derive(Clone)]
 pub struct Operations {
     callers: Callers,
+    actions: Actions,
     coordinator: CoordinatorClient<Link>,
     stock: StockClient<Link>,
 }
 
 impl Operations {
     /// Over these links.
-    pub fn new(callers: Callers, coordinator: Link, stock: Link) -> Self {
-        Self { callers, coordinator: CoordinatorClient::new(coordinator), stock: StockClient::new(stock) }
+    pub fn new(callers: Callers, actions: Actions, coordinator: Link, stock: Link) -> Self {
+        Self { callers, actions, coordinator: CoordinatorClient::new(coordinator), stock: StockClient::new(stock) }
     }
 }
 
@@ -69,10 +74,12 @@ impl operations_server::Operations for Operations {
     async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
+                let operator = self.callers.operator(request.metadata())?;
                 let request = request.into_inner();
                 given("saga", &request.saga)?;
-                handed_on(self.coordinator.clone().retry_saga(request).await)
+                let deed = Deed::new("RetrySaga", "sagas", &request.saga, &request.reason)?;
+                let work = async { handed_on(self.coordinator.clone().retry_saga(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -81,11 +88,13 @@ impl operations_server::Operations for Operations {
     async fn abandon_saga(&self, request: Request<AbandonSagaRequest>) -> Result<Response<Saga>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
+                let operator = self.callers.operator(request.metadata())?;
                 let request = request.into_inner();
                 given("saga", &request.saga)?;
                 given("reason", &request.reason)?;
-                handed_on(self.coordinator.clone().abandon_saga(request).await)
+                let deed = Deed::new("AbandonSaga", "sagas", &request.saga, &request.reason)?;
+                let work = async { handed_on(self.coordinator.clone().abandon_saga(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -112,10 +121,12 @@ impl operations_server::Operations for Operations {
     ) -> Result<Response<DeadLetter>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
+                let operator = self.callers.operator(request.metadata())?;
                 let request = request.into_inner();
                 given("dead_letter", &request.dead_letter)?;
-                handed_on(self.coordinator.clone().redrive_dead_letter(request).await)
+                let deed = Deed::new("RedriveDeadLetter", "deadLetters", &request.dead_letter, &request.reason)?;
+                let work = async { handed_on(self.coordinator.clone().redrive_dead_letter(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -124,9 +135,27 @@ impl operations_server::Operations for Operations {
     async fn rebuild_stock(&self, request: Request<RebuildStockRequest>) -> Result<Response<StockReport>, Status> {
         answer(
             async {
+                let operator = self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.sale = sale(&request.sale)?;
+                let deed = Deed::new("RebuildStock", "sales", &request.sale, &request.reason)?;
+                let work = async { handed_on(self.stock.clone().rebuild_stock(request).await) };
+                self.actions.record(&operator, deed, work).await
+            }
+            .await,
+        )
+    }
+
+    async fn list_actions(
+        &self,
+        request: Request<ListActionsRequest>,
+    ) -> Result<Response<ListActionsResponse>, Status> {
+        answer(
+            async {
                 self.callers.operator(request.metadata())?;
-                let sale = sale(&request.get_ref().sale)?;
-                handed_on(self.stock.clone().rebuild_stock(RebuildStockRequest { sale }).await)
+                let mut request = request.into_inner();
+                request.page_size = page_size(request.page_size)?;
+                handed_on(self.coordinator.clone().list_actions(request).await)
             }
             .await,
         )

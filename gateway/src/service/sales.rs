@@ -19,7 +19,11 @@ use proto::{
 };
 use tonic::{Request, Response, Status};
 
-use super::{Callers, answer, handed_on, page_size, refuse, sale, shutting_down};
+use super::{
+    Callers,
+    actions::{Actions, Deed},
+    answer, handed_on, page_size, refuse, sale, shutting_down,
+};
 use crate::watch::{Registry, Watcher};
 
 /// Who watches which sale.
@@ -32,6 +36,7 @@ const READ_AGAIN: Duration = Duration::from_secs(5);
 #[derive(Clone)]
 pub struct Sales {
     callers: Callers,
+    actions: Actions,
     stock: StockClient<Link>,
     /// In a rush everybody reads the same sale: who comes while one read is under way shares the next.
     reads: Batcher<String, Result<Sale, Error>>,
@@ -41,12 +46,12 @@ pub struct Sales {
 
 impl Sales {
     /// Over this link.
-    pub fn new(callers: Callers, stock: Link, watchers: SaleWatchers, life: &Lifecycle) -> Self {
+    pub fn new(callers: Callers, actions: Actions, stock: Link, watchers: SaleWatchers, life: &Lifecycle) -> Self {
         let stock = StockClient::new(stock);
         let reader = stock.clone();
         let limits = Limits { max_items: 1024, in_flight: 4, queue: 16_384 };
         let reads = Batcher::start("get sale", limits, life.tasks(), move |ids| read_once(reader.clone(), ids));
-        Self { callers, stock, reads, watchers, life: life.clone() }
+        Self { callers, actions, stock, reads, watchers, life: life.clone() }
     }
 
     async fn read(&self, id: &str) -> Result<Sale, Error> {
@@ -161,13 +166,16 @@ impl sales_server::Sales for Sales {
     async fn create_sale(&self, request: Request<CreateSaleRequest>) -> Result<Response<Sale>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
+                let operator = self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.request_id = once(request.request_id);
                 if !request.sale_id.is_empty() {
                     SaleId::parse("sale_id", &request.sale_id)?;
                 }
-                handed_on(self.stock.clone().create_sale(request).await)
+                let deed =
+                    Deed::new("CreateSale", "sales", &request.sale_id, "")?.with(format!("stock {}", request.stock));
+                let work = async { handed_on(self.stock.clone().create_sale(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -198,9 +206,12 @@ impl sales_server::Sales for Sales {
     async fn open_sale(&self, request: Request<OpenSaleRequest>) -> Result<Response<Sale>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
-                let sale = sale(&request.get_ref().sale)?;
-                handed_on(self.stock.clone().open_sale(OpenSaleRequest { sale }).await)
+                let operator = self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.sale = sale(&request.sale)?;
+                let deed = Deed::new("OpenSale", "sales", &request.sale, &request.reason)?;
+                let work = async { handed_on(self.stock.clone().open_sale(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -209,9 +220,12 @@ impl sales_server::Sales for Sales {
     async fn pause_sale(&self, request: Request<PauseSaleRequest>) -> Result<Response<Sale>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
-                let sale = sale(&request.get_ref().sale)?;
-                handed_on(self.stock.clone().pause_sale(PauseSaleRequest { sale }).await)
+                let operator = self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.sale = sale(&request.sale)?;
+                let deed = Deed::new("PauseSale", "sales", &request.sale, &request.reason)?;
+                let work = async { handed_on(self.stock.clone().pause_sale(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -220,9 +234,12 @@ impl sales_server::Sales for Sales {
     async fn close_sale(&self, request: Request<CloseSaleRequest>) -> Result<Response<Sale>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
-                let sale = sale(&request.get_ref().sale)?;
-                handed_on(self.stock.clone().close_sale(CloseSaleRequest { sale }).await)
+                let operator = self.callers.operator(request.metadata())?;
+                let mut request = request.into_inner();
+                request.sale = sale(&request.sale)?;
+                let deed = Deed::new("CloseSale", "sales", &request.sale, &request.reason)?;
+                let work = async { handed_on(self.stock.clone().close_sale(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )
@@ -231,14 +248,17 @@ impl sales_server::Sales for Sales {
     async fn adjust_stock(&self, request: Request<AdjustStockRequest>) -> Result<Response<StockReport>, Status> {
         answer(
             async {
-                self.callers.operator(request.metadata())?;
+                let operator = self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.sale = sale(&request.sale)?;
                 request.request_id = once(request.request_id);
                 if request.delta == 0 {
                     return Err(Error::invalid("delta", "must not be zero"));
                 }
-                handed_on(self.stock.clone().adjust_stock(request).await)
+                let deed = Deed::new("AdjustStock", "sales", &request.sale, &request.reason)?;
+                let deed = deed.with(format!("delta {:+}", request.delta));
+                let work = async { handed_on(self.stock.clone().adjust_stock(request).await) };
+                self.actions.record(&operator, deed, work).await
             }
             .await,
         )

@@ -53,6 +53,10 @@ pub struct Fakes {
     pub webhooks: Mutex<Vec<HandleWebhookRequest>>,
     /// Operators' and sale-changing calls.
     pub operated: Mutex<Vec<String>>,
+    /// What was written down of operators' actions.
+    pub actions: Mutex<Vec<v1::Action>>,
+    /// Whether nothing can be written down.
+    pub is_book_closed: AtomicBool,
     /// When orders are granted.
     pub now_ms: i64,
 }
@@ -75,6 +79,8 @@ impl Default for Fakes {
             charges: Mutex::default(),
             webhooks: Mutex::default(),
             operated: Mutex::default(),
+            actions: Mutex::default(),
+            is_book_closed: AtomicBool::new(false),
             now_ms: 1_750_000_000_000,
         }
     }
@@ -273,6 +279,19 @@ impl coordinator_server::Coordinator for Service {
 
     async fn redrive_dead_letter(&self, _: Request<v1::RedriveDeadLetterRequest>) -> Answer<v1::DeadLetter> {
         self.0.operate("RedriveDeadLetter", v1::DeadLetter::default())
+    }
+
+    async fn list_actions(&self, _: Request<v1::ListActionsRequest>) -> Answer<v1::ListActionsResponse> {
+        let actions = self.0.actions.lock().unwrap().clone();
+        Ok(Response::new(v1::ListActionsResponse { actions, next_page_token: String::new() }))
+    }
+
+    async fn record_action(&self, request: Request<v1::Action>) -> Answer<()> {
+        if self.0.is_book_closed.load(Ordering::SeqCst) {
+            return Err(Error::dependency("the database", "away").into());
+        }
+        self.0.actions.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(()))
     }
 }
 

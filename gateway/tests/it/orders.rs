@@ -7,7 +7,7 @@ use proto::{
     Error, Reason,
     filter::Filter,
     internal::SaleChanged,
-    v1::{Availability, OrderState, PayOrderRequest, Sale, SaleState, orders_client::OrdersClient},
+    v1::{Availability, OrderState, PayOrderRequest, Sale, SaleState, action::Outcome, orders_client::OrdersClient},
 };
 use tokio::time::Instant;
 
@@ -282,6 +282,9 @@ async fn operators_verbs_are_handed_on_and_internals_are_not() {
         let answer = door.post(path, body).operator().send().await;
         assert_eq!(answer.status, 200, "{path}: {}", answer.text);
         assert_eq!(door.fakes.operated.lock().unwrap().last().unwrap(), verb);
+        let actions = std::mem::take(&mut *door.fakes.actions.lock().unwrap());
+        let outcomes: Vec<_> = actions.iter().map(|action| (action.verb.as_str(), action.outcome())).collect();
+        assert_eq!(outcomes, [(verb, Outcome::Begun), (verb, Outcome::Done)], "on the record, before and after");
     }
     assert_eq!(door.get("/v1/sales/spring/stock").operator().send().await.json()["state"], "PERMIT_STATE_UNSPECIFIED");
     for (path, body, field) in [
@@ -298,4 +301,30 @@ async fn operators_verbs_are_handed_on_and_internals_are_not() {
     let missing = door.get("/v1/ops/sagas/7").operator().send().await;
     assert_eq!(missing.refusal().1, "NOT_FOUND");
     assert!(!missing.text.contains("secret"), "I11");
+}
+
+#[tokio::test]
+async fn what_operators_do_is_on_the_record_or_not_done() {
+    let door = Door::open().await;
+    let adjust = r#"{"delta":"-5","reason":"three were broken, two are lost"}"#;
+    assert_eq!(door.post("/v1/sales/spring:adjustStock", adjust).operator().send().await.status, 200);
+    assert_eq!(door.post("/v1/sales/winter:pause", "").operator().send().await.status, 404);
+    let found = door.get("/v1/ops/actions").operator().send().await.json();
+    let actions = found["actions"].as_array().unwrap();
+    let told = |at: usize, field: &str| actions[at][field].as_str().unwrap().to_owned();
+    let adjusted = ["operator", "verb", "target", "detail", "reason", "outcome"].map(|field| told(1, field));
+    assert_eq!(
+        adjusted,
+        ["root", "AdjustStock", "sales/spring", "delta -5", "three were broken, two are lost", "DONE"]
+    );
+    assert_eq!(told(0, "name"), told(1, "name"), "one action, before and after");
+    assert_eq!(["target", "outcome", "error"].map(|field| told(3, field)), ["sales/winter", "REFUSED", "NOT_FOUND"]);
+    assert_eq!(door.get("/v1/ops/actions").buyer("alice").send().await.refusal().1, "PERMISSION_DENIED");
+
+    let done = door.fakes.effects();
+    let long = format!(r#"{{"reason":"{}"}}"#, "x".repeat(257));
+    assert_eq!(door.post("/v1/sales/spring:pause", long).operator().send().await.refusal().2, "reason");
+    door.fakes.is_book_closed.store(true, Ordering::SeqCst);
+    assert_eq!(door.post("/v1/sales/spring:pause", "").operator().send().await.refusal().1, "DEPENDENCY_DOWN");
+    assert_eq!(door.fakes.effects(), done, "what cannot be written down is not done");
 }

@@ -45,6 +45,9 @@ pub enum SagaVerb {
     Retry {
         /// Its id.
         saga: String,
+        /// Why; it is recorded.
+        #[arg(long, default_value = "")]
+        reason: String,
     },
     /// Give a stuck saga up.
     Abandon {
@@ -82,8 +85,9 @@ pub async fn run(args: SagaArgs) -> anyhow::Result<bool> {
                     let explained = door.explain_saga(ExplainSagaRequest { saga }).await?;
                     output.print("SagaExplanation", explained.get_ref(), explain)
                 }
-                SagaVerb::Retry { saga } => {
-                    output.print("Saga", door.retry_saga(RetrySagaRequest { saga }).await?.get_ref(), show)
+                SagaVerb::Retry { saga, reason } => {
+                    let retried = door.retry_saga(RetrySagaRequest { saga, reason }).await?;
+                    output.print("Saga", retried.get_ref(), show)
                 }
                 SagaVerb::Abandon { saga, reason } => {
                     let abandoned = door.abandon_saga(AbandonSagaRequest { saga, reason }).await?;

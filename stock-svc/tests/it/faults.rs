@@ -208,7 +208,7 @@ async fn e15_two_rebuilders_at_once_leave_r_equal_to_a() {
         let funnel = world.funnel().await;
         let held = wanted(&sale, "alice", 1);
         world.place(&held).await.unwrap();
-        let request = || v1::RebuildStockRequest { sale: sale.to_string() };
+        let request = || v1::RebuildStockRequest { sale: sale.to_string(), ..Default::default() };
         for _ in 0..5 {
             let (mut one, mut two) = (world.client.clone(), other.clone());
             let (one, two) = tokio::join!(one.rebuild_stock(request()), async {

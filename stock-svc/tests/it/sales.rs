@@ -27,7 +27,8 @@ async fn adjust(
     delta: i64,
     request: &RequestId,
 ) -> Result<proto::v1::StockReport, Error> {
-    let request = AdjustStockRequest { sale: sale.to_string(), delta, request_id: request.to_string() };
+    let request =
+        AdjustStockRequest { sale: sale.to_string(), delta, request_id: request.to_string(), ..Default::default() };
     Ok(world.client.clone().adjust_stock(request).await?.into_inner())
 }
 
@@ -96,22 +97,26 @@ async fn a_paused_sale_goes_on_and_a_closed_one_never_does() {
         let held = wanted(&sale, "alice", 1);
         hold(&client, &held).await;
         for _ in 0..2 {
-            let paused = client.pause_sale(PauseSaleRequest { sale: name() }).await.unwrap().into_inner();
+            let paused =
+                client.pause_sale(PauseSaleRequest { sale: name(), ..Default::default() }).await.unwrap().into_inner();
             assert_eq!(paused.state(), SaleState::Paused, "{}", world.name);
         }
         let other = wanted(&sale, "bob", 1);
         assert_eq!(acquire(&client, &other).await, Got::Refused(Reason::SalePaused), "{}", world.name);
         assert!(matches!(acquire(&client, &held).await, Got::Granted(_)), "{}: what is held stays", world.name);
-        let opened = client.open_sale(OpenSaleRequest { sale: name() }).await.unwrap().into_inner();
+        let opened =
+            client.open_sale(OpenSaleRequest { sale: name(), ..Default::default() }).await.unwrap().into_inner();
         assert_eq!(opened.state(), SaleState::Open, "{}", world.name);
         hold(&client, &other).await;
         for _ in 0..2 {
-            let closed = client.close_sale(CloseSaleRequest { sale: name() }).await.unwrap().into_inner();
+            let closed =
+                client.close_sale(CloseSaleRequest { sale: name(), ..Default::default() }).await.unwrap().into_inner();
             assert_eq!(closed.state(), SaleState::Ended, "{}", world.name);
         }
         let late = acquire(&client, &wanted(&sale, "carol", 1)).await;
         assert_eq!(late, Got::Refused(Reason::SaleEnded), "{}", world.name);
-        let reopened = Error::from(client.open_sale(OpenSaleRequest { sale: name() }).await.unwrap_err());
+        let reopened =
+            Error::from(client.open_sale(OpenSaleRequest { sale: name(), ..Default::default() }).await.unwrap_err());
         assert_eq!(reopened.reason, Reason::IllegalState, "{}", world.name);
         assert_eq!(deduct(&client, &held).await, Ok(()), "{}: what is held can be paid", world.name);
     }

@@ -21,7 +21,7 @@ use coordinator::{
         Saga,
         plan::{Outcome, Plan},
     },
-    store::{Decide, Entry, Filter, Postponed, Row, SharedStore, Store, Verdict, Which},
+    store::{Action, Decide, Entry, Filter, Postponed, Row, SharedStore, Store, Verdict, Which},
 };
 use mesh::{
     bus::{self, Consumer, Delivery, Settlement},
@@ -334,6 +334,14 @@ impl Store for FaultyStore {
 
     async fn retry(&self, id: OrderId, now: i64) -> Result<bool> {
         stored!(self, self.behind.retry(id, now))
+    }
+
+    async fn record_action(&self, action: Action) -> Result<()> {
+        stored!(self, self.behind.record_action(action))
+    }
+
+    async fn actions(&self, before: Option<&str>, target: &str, limit: u64) -> Result<Vec<Action>> {
+        stored!(self, self.behind.actions(before, target, limit))
     }
 }
 

@@ -1,0 +1,99 @@
+//! The book of what operators do. Every verb of theirs that changes something comes through here: written down before it
+//! is done, and once more how it ended. What cannot be written down is not done.
+
+use mesh::{chance, clock::Clock, identity::Identity, link::Link};
+use prost_types::Timestamp;
+use proto::{
+    Error, Reason,
+    internal::coordinator_client::CoordinatorClient,
+    v1::{Action, action::Outcome},
+};
+
+use super::handed_on;
+
+/// Of an operator's reason, in bytes.
+const LONGEST_REASON: usize = 256;
+
+/// Keeps the book, which is with the coordinator. Cheap to clone.
+#[derive(Clone)]
+pub struct Actions {
+    coordinator: CoordinatorClient<Link>,
+    clock: Clock,
+}
+
+/// What an operator wants to do.
+pub struct Deed {
+    verb: &'static str,
+    target: String,
+    detail: String,
+    reason: String,
+}
+
+impl Deed {
+    /// This rpc, to the one with this id or name among `targets`, such as `sagas`.
+    pub fn new(verb: &'static str, targets: &str, id: &str, reason: &str) -> Result<Self, Error> {
+        if reason.len() > LONGEST_REASON {
+            return Err(Error::invalid("reason", format!("must be at most {LONGEST_REASON} bytes")));
+        }
+        let id = id.strip_prefix(targets).and_then(|rest| rest.strip_prefix('/')).unwrap_or(id);
+        let target = if id.is_empty() { targets.to_owned() } else { format!("{targets}/{id}") };
+        Ok(Self { verb, target, detail: String::new(), reason: reason.to_owned() })
+    }
+
+    /// With what else was asked for.
+    pub fn with(self, detail: String) -> Self {
+        Self { detail, ..self }
+    }
+}
+
+impl Actions {
+    /// Over this link.
+    pub fn new(coordinator: Link, clock: Clock) -> Self {
+        Self { coordinator: CoordinatorClient::new(coordinator), clock }
+    }
+
+    /// Does it, on the record.
+    pub async fn record<T>(
+        &self,
+        operator: &Identity,
+        deed: Deed,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let Deed { verb, target, detail, reason } = deed;
+        let now_ms = self.clock.now_ms();
+        let mut action = Action {
+            // In the order of ids is in the order of time.
+            name: format!("actions/{now_ms:012x}{:016x}", chance::between(0, u64::MAX)),
+            operator: operator.subject.to_string(),
+            verb: verb.to_owned(),
+            target,
+            detail,
+            reason,
+            outcome: Outcome::Begun.into(),
+            error: String::new(),
+            time: Some(Timestamp { seconds: now_ms / 1_000, nanos: (now_ms % 1_000) as i32 * 1_000_000 }),
+        };
+        self.write(&action).await?;
+        let done = work.await;
+        let (outcome, error) = ended(&done);
+        action.set_outcome(outcome);
+        action.error = error;
+        tracing::info!(operator = action.operator, verb, target = action.target, ?outcome, "an operator's action");
+        if let Err(error) = self.write(&action).await {
+            // It stays BEGUN, which says no more than is known there.
+            tracing::warn!(%error, action = action.name, "how an operator's action ended could not be recorded");
+        }
+        done
+    }
+
+    async fn write(&self, action: &Action) -> Result<(), Error> {
+        handed_on(self.coordinator.clone().record_action(action.clone()).await)
+    }
+}
+
+/// A call that failed may have had its effect all the same; one that was answered with a no has not.
+fn ended<T>(done: &Result<T, Error>) -> (Outcome, String) {
+    let Err(error) = done else { return (Outcome::Done, String::new()) };
+    let is_no = error.reason.is_answer() && !matches!(error.reason, Reason::DeadlineExceeded | Reason::Overloaded);
+    (if is_no { Outcome::Refused } else { Outcome::Begun }, error.reason.as_str_name().to_owned())
+}
