@@ -7,9 +7,10 @@ use proto::{
     Error, OrderId,
     error::Result,
     v1::{
-        AbandonSagaRequest, Action as WireAction, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest,
-        ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
-        RedriveDeadLetterRequest, RetrySagaRequest, Saga as WireSaga, SagaCourse, SagaEvent, SagaExplanation,
+        AbandonSagaRequest, Action as WireAction, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest,
+        ListActionsRequest, ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest,
+        ListSagasResponse, RedriveDeadLetterRequest, RetrySagaRequest, Saga as WireSaga, SagaCourse, SagaEvent,
+        SagaExplanation,
     },
 };
 
@@ -126,12 +127,25 @@ impl Ops {
         Ok(ListDeadLettersResponse { dead_letters: letters.into_iter().map(dead_letter).collect(), next_page_token })
     }
 
+    /// One dead letter. Looked for page by page: there are few, or there is another problem.
+    pub async fn dead_letter(&self, request: &GetDeadLetterRequest) -> Result<DeadLetter> {
+        let id = letter_id(&request.dead_letter)?;
+        let mut after: Option<String> = None;
+        loop {
+            let page = self.calls.bus.dead_letters(after.as_deref(), LARGEST_PAGE as usize).await?;
+            after = page.last().map(|letter| letter.id.clone());
+            if let Some(letter) = page.into_iter().find(|letter| letter.id == id) {
+                return Ok(dead_letter(letter));
+            }
+            if after.is_none() {
+                return Err(Error::not_found("dead letter"));
+            }
+        }
+    }
+
     /// Publishes a dead letter again to where it came from, and forgets it.
     pub async fn redrive(&self, request: &RedriveDeadLetterRequest) -> Result<DeadLetter> {
-        let id = request.dead_letter.strip_prefix("deadLetters/").unwrap_or(&request.dead_letter);
-        if id.is_empty() {
-            return Err(Error::invalid("dead_letter", "must be given"));
-        }
+        let id = letter_id(&request.dead_letter)?;
         let letter = self.calls.bus.redrive(id).await?.ok_or_else(|| Error::not_found("dead letter"))?;
         tracing::info!(id, "an operator redrives a dead letter");
         Ok(dead_letter(letter))
@@ -221,6 +235,13 @@ fn check(row: &Row, log: &[Entry]) {
             tracing::error!(saga = %row.saga_id, row = row.state, log = state, "a saga's row differs from its log")
         }
         Err(error) => tracing::error!(saga = %row.saga_id, %error, "a saga's log is broken"),
+    }
+}
+
+fn letter_id(name: &str) -> Result<&str> {
+    match name.strip_prefix("deadLetters/").unwrap_or(name) {
+        "" => Err(Error::invalid("dead_letter", "must be given")),
+        id => Ok(id),
     }
 }
 

@@ -13,9 +13,9 @@ use proto::{
         PayOrdersRequest, PayOrdersResponse, coordinator_server::Coordinator, order_result,
     },
     v1::{
-        AbandonSagaRequest, Action, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest,
-        ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
-        Order, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation,
+        AbandonSagaRequest, Action, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest,
+        ListActionsRequest, ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest,
+        ListSagasResponse, Order, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation,
     },
 };
 use tonic::{Request, Response, Status};
@@ -94,6 +94,10 @@ impl Coordinator for Service {
         request: Request<ListDeadLettersRequest>,
     ) -> Result<Response<ListDeadLettersResponse>, Status> {
         Ok(Response::new(self.ops.dead_letters(&request.into_inner()).await?))
+    }
+
+    async fn get_dead_letter(&self, request: Request<GetDeadLetterRequest>) -> Result<Response<DeadLetter>, Status> {
+        Ok(Response::new(self.ops.dead_letter(request.get_ref()).await?))
     }
 
     async fn redrive_dead_letter(

@@ -41,7 +41,10 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Gateway(args) => role(*args).await,
         Command::Coordinator(args) => role(*args).await,
         Command::Order(args) => role(*args).await,
-        Command::Stock(args) => role(*args).await,
+        Command::Stock(args) => match args.verb {
+            Some(verb) => ops::stock::run(verb).await,
+            None => role(args.role).await,
+        },
         Command::Payment(args) => role(*args).await,
         Command::Demo(mut args) => {
             // A demo's terminal is for its story; what its mesh logs is for who asks.
@@ -62,6 +65,7 @@ async fn run(cli: Cli) -> anyhow::Result<bool> {
         Command::Token(args) => tools::token(&args),
         Command::Migrate(args) => tools::migrate(&args).await,
         Command::Saga(args) => ops::saga::run(args).await,
+        Command::DeadLetter(args) => ops::dead_letter::run(args).await,
         Command::Actions(args) => ops::actions::run(args).await,
     }
 }

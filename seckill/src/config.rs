@@ -31,8 +31,8 @@ pub enum Command {
     Coordinator(Box<RoleArgs<coordinator::Config>>),
     /// Run order-svc: the buyer-facing order record.
     Order(Box<RoleArgs<order_svc::Config>>),
-    /// Run stock-svc: sales, ledger and permits.
-    Stock(Box<RoleArgs<stock_svc::Config>>),
+    /// Run stock-svc: sales, ledger and permits. With a verb: look at a sale's stock, or rebuild its permits.
+    Stock(Box<StockArgs>),
     /// Run payment-svc: charges and refunds.
     Payment(Box<RoleArgs<payment_svc::Config>>),
     /// Hold a sale: a rush of buyers through the real gateway, the outcome, the audit.
@@ -45,6 +45,8 @@ pub enum Command {
     Migrate(MigrateArgs),
     /// Look at sagas and help those that are stuck.
     Saga(crate::ops::saga::SagaArgs),
+    /// Look at messages that nobody could use, and give them another try.
+    DeadLetter(crate::ops::dead_letter::DeadLetterArgs),
     /// List what operators did: who, when, to what, why, and how it ended.
     Actions(crate::ops::actions::ActionsArgs),
 }
@@ -205,6 +207,18 @@ pub struct RoleArgs<C: Args> {
     pub role: C,
 }
 
+/// The role, or an operator's verb about what it keeps.
+#[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct StockArgs {
+    /// Without one the role runs.
+    #[command(subcommand)]
+    pub verb: Option<crate::ops::stock::StockVerb>,
+    /// The role's options.
+    #[command(flatten)]
+    pub role: RoleArgs<stock_svc::Config>,
+}
+
 /// Where the other roles are. Several addresses of one role are balanced.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Endpoints")]
@@ -290,7 +304,8 @@ fn wants_running_mesh(arguments: &[String]) -> bool {
     let has = |flag: &str| arguments.iter().any(|a| a == flag || a.starts_with(&format!("{flag}=")));
     match arguments.get(1).map(String::as_str) {
         Some("demo") => has("--gateway"),
-        Some("audit" | "token" | "saga" | "actions") => !has("--data-dir") && !has("--database-url"),
+        Some("stock") => matches!(arguments.get(2).map(String::as_str), Some("report" | "rebuild")),
+        Some("audit" | "token" | "saga" | "dead-letter" | "actions") => !has("--data-dir") && !has("--database-url"),
         _ => false,
     }
 }
@@ -321,6 +336,19 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn stock_alone_is_the_role_and_with_a_verb_an_operators() {
+        let stock = |words: &[&str]| match Cli::try_parse_from(words).map(|cli| cli.command) {
+            Ok(Some(Command::Stock(args))) => args,
+            other => panic!("{words:?}: {other:?}"),
+        };
+        let role = stock(&["seckill", "stock", "--redis-url", "redis://host"]);
+        assert!(role.verb.is_none());
+        assert_eq!(role.role.common.storage.redis_url.as_deref(), Some("redis://host"));
+        let rebuild = stock(&["seckill", "stock", "rebuild", "spring", "--reason", "lost", "--output", "json"]);
+        assert!(matches!(rebuild.verb, Some(crate::ops::stock::StockVerb::Rebuild { sale, .. }) if sale == "spring"));
     }
 
     #[test]

@@ -16,7 +16,9 @@ use tonic::{
 use crate::tools;
 
 pub mod actions;
+pub mod dead_letter;
 pub mod saga;
+pub mod stock;
 
 /// Entries asked for at once.
 const PAGE: i32 = 100;

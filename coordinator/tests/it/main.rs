@@ -290,6 +290,8 @@ async fn e20_a_poison_message_becomes_a_dead_letter_and_blocks_nobody() {
     let letter = eventually("a dead letter", async || letters().await.pop()).await;
     assert_eq!((letter.message_id.as_str(), letter.payload.starts_with(b"\xff\xff")), ("poison", true));
     assert!(letter.reason.contains("OrderPlaced"), "{}", letter.reason);
+    let get = v1::GetDeadLetterRequest { dead_letter: letter.name.clone() };
+    assert_eq!(world.client().get_dead_letter(get.clone()).await.unwrap().into_inner(), letter);
     let request = v1::RedriveDeadLetterRequest { dead_letter: letter.name.clone(), ..Default::default() };
     world.client().redrive_dead_letter(request.clone()).await.unwrap();
     eventually("the same poison again", async || letters().await.pop().filter(|l| l.name != letter.name)).await;
@@ -297,6 +299,8 @@ async fn e20_a_poison_message_becomes_a_dead_letter_and_blocks_nobody() {
         proto::Error::from(world.client().redrive_dead_letter(request).await.unwrap_err()).reason,
         Reason::NotFound
     );
+    let gone = proto::Error::from(world.client().get_dead_letter(get).await.unwrap_err());
+    assert_eq!(gone.reason, Reason::NotFound);
     for id in [before, after] {
         assert_eq!(world.saga(id).await.unwrap().state, "AWAITING_PAYMENT");
     }

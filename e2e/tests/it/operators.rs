@@ -58,6 +58,11 @@ async fn a_saga_stuck_on_a_silent_provider_is_explained_and_then_finished_by_a_r
     assert_eq!((report.available, report.held, report.sold), (2, 0, 1));
     let (_, again) = mesh.verb(&["saga", "retry", &saga]);
     assert!(!again.success(), "it is not stuck any more");
+    let (rebuilt, _) = mesh.verb(&["stock", "rebuild", &sale, "--output", "json"]);
+    let rebuilt: serde_json::Value = serde_json::from_str(&rebuilt).expect("JSON");
+    assert_eq!((&rebuilt["permits"], &rebuilt["sold"]), (&"2".into(), &"1".into()));
+    assert!(mesh.verb(&["stock", "report", &sale]).0.contains("PERMIT_STATE_OPEN"));
+    assert_eq!(mesh.verb(&["dead-letter", "list"]).0.lines().count(), 1, "the heads of columns");
     let target = format!("sagas/{saga}");
     let (actions, _) = mesh.verb(&["actions", "--target", &target, "--output", "json"]);
     let actions: serde_json::Value = serde_json::from_str(&actions).expect("JSON");

@@ -4,9 +4,10 @@ use mesh::link::Link;
 use proto::{
     internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
     v1::{
-        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetSagaRequest, ListActionsRequest, ListActionsResponse,
-        ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse, RebuildStockRequest,
-        RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation, StockReport, operations_server,
+        AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest, ListActionsRequest,
+        ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
+        RebuildStockRequest, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation, StockReport,
+        operations_server,
     },
 };
 use tonic::{Request, Response, Status};
@@ -110,6 +111,18 @@ impl operations_server::Operations for Operations {
                 let mut request = request.into_inner();
                 request.page_size = page_size(request.page_size)?;
                 handed_on(self.coordinator.clone().list_dead_letters(request).await)
+            }
+            .await,
+        )
+    }
+
+    async fn get_dead_letter(&self, request: Request<GetDeadLetterRequest>) -> Result<Response<DeadLetter>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let request = request.into_inner();
+                given("dead_letter", &request.dead_letter)?;
+                handed_on(self.coordinator.clone().get_dead_letter(request).await)
             }
             .await,
         )

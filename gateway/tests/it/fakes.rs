@@ -277,6 +277,11 @@ impl coordinator_server::Coordinator for Service {
         self.0.operate("ListDeadLetters", v1::ListDeadLettersResponse::default())
     }
 
+    async fn get_dead_letter(&self, request: Request<v1::GetDeadLetterRequest>) -> Answer<v1::DeadLetter> {
+        let name = format!("deadLetters/{}", request.into_inner().dead_letter);
+        Ok(Response::new(v1::DeadLetter { name, ..Default::default() }))
+    }
+
     async fn redrive_dead_letter(&self, _: Request<v1::RedriveDeadLetterRequest>) -> Answer<v1::DeadLetter> {
         self.0.operate("RedriveDeadLetter", v1::DeadLetter::default())
     }

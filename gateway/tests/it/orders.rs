@@ -298,6 +298,8 @@ async fn operators_verbs_are_handed_on_and_internals_are_not() {
     let explained = door.get("/v1/ops/sagas/7/explanation").operator().send().await;
     assert_eq!((explained.status.as_u16(), explained.json()["saga"].as_str()), (200, Some("sagas/7")));
     assert_eq!(door.get("/v1/ops/sagas/7/explanation").buyer("alice").send().await.refusal().1, "PERMISSION_DENIED");
+    let letter = door.get("/v1/ops/deadLetters/ORDERS-funnel-7").operator().send().await;
+    assert_eq!(letter.json()["name"], "deadLetters/ORDERS-funnel-7");
     let missing = door.get("/v1/ops/sagas/7").operator().send().await;
     assert_eq!(missing.refusal().1, "NOT_FOUND");
     assert!(!missing.text.contains("secret"), "I11");
