@@ -304,7 +304,7 @@ fn wants_running_mesh(arguments: &[String]) -> bool {
     let has = |flag: &str| arguments.iter().any(|a| a == flag || a.starts_with(&format!("{flag}=")));
     match arguments.get(1).map(String::as_str) {
         Some("demo") => has("--gateway"),
-        Some("stock") => matches!(arguments.get(2).map(String::as_str), Some("report" | "rebuild")),
+        Some("stock") => matches!(arguments.get(2).map(String::as_str), Some("report" | "reconcile" | "rebuild")),
         Some("audit" | "token" | "saga" | "dead-letter" | "actions") => !has("--data-dir") && !has("--database-url"),
         _ => false,
     }

@@ -153,6 +153,10 @@ impl ledger::Store for Faulty<dyn ledger::Store> {
         stored!(self, standing(sale), self.behind.standing(sale))
     }
 
+    async fn count_holds(&self, sale: &SaleId) -> Result<ledger::Counted> {
+        stored!(self, count_holds(sale), self.behind.count_holds(sale))
+    }
+
     async fn outbox(&self, after: i64, without: &[SaleId], limit: u64) -> Result<Vec<ledger::Outgoing>> {
         stored!(self, outbox(after, without), self.behind.outbox(after, without, limit))
     }

@@ -19,7 +19,8 @@ use proto::{
     },
     v1::{
         AdjustStockRequest, CloseSaleRequest, CreateSaleRequest, GetSaleRequest, GetStockRequest, ListSalesRequest,
-        ListSalesResponse, OpenSaleRequest, PauseSaleRequest, RebuildStockRequest, Sale, StockReport,
+        ListSalesResponse, OpenSaleRequest, PauseSaleRequest, RebuildStockRequest, ReconcileStockRequest, Sale,
+        StockReconciliation, StockReport,
     },
 };
 use tonic::{Request, Response, Status};
@@ -157,6 +158,14 @@ impl Stock for Service {
     async fn rebuild_stock(&self, request: Request<RebuildStockRequest>) -> Result<Response<StockReport>, Status> {
         let sale = SaleId::parse("sale", &request.get_ref().sale)?;
         Ok(Response::new(self.engine.rebuild_stock(&sale).await?))
+    }
+
+    async fn reconcile_stock(
+        &self,
+        request: Request<ReconcileStockRequest>,
+    ) -> Result<Response<StockReconciliation>, Status> {
+        let sale = SaleId::parse("sale", &request.get_ref().sale)?;
+        Ok(Response::new(self.engine.reconciliation(&sale).await?))
     }
 
     async fn acquire_permits(

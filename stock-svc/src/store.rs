@@ -108,6 +108,19 @@ pub struct Standing {
     pub outbox_is_empty: bool,
 }
 
+/// A ledger's sums beside its holds', of one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// The ledger's.
+    pub held: i64,
+    /// The ledger's.
+    pub sold: i64,
+    /// Units of holds that are locked.
+    pub locked_in_holds: i64,
+    /// Units of holds that are sold.
+    pub sold_in_holds: i64,
+}
+
 /// What is done elsewhere while a sale's row is locked. May run again when the transaction does.
 pub type Hook = Arc<dyn Fn(Standing) -> BoxFuture<'static, Result<()>> + Send + Sync>;
 
@@ -150,6 +163,9 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// The ledger, and then the outbox: when that is empty, every release that the ledger shows has been relayed.
     async fn standing(&self, sale: &SaleId) -> Result<Standing>;
+
+    /// Adds up a sale's holds. Reads all of them, and locks nothing.
+    async fn count_holds(&self, sale: &SaleId) -> Result<Counted>;
 
     /// The outbox in order, after this id, without these sales.
     async fn outbox(&self, after: i64, without: &[SaleId], limit: u64) -> Result<Vec<Outgoing>>;

@@ -416,6 +416,12 @@ impl Stock for Fakes {
     async fn rebuild_stock(&self, _: Request<v1::RebuildStockRequest>) -> Result<Response<v1::StockReport>, Status> {
         Err(Status::unimplemented("not the coordinator's"))
     }
+    async fn reconcile_stock(
+        &self,
+        _: Request<v1::ReconcileStockRequest>,
+    ) -> Result<Response<v1::StockReconciliation>, Status> {
+        Err(Status::unimplemented("not the coordinator's"))
+    }
 }
 
 #[async_trait]

@@ -62,6 +62,7 @@ async fn a_saga_stuck_on_a_silent_provider_is_explained_and_then_finished_by_a_r
     let rebuilt: serde_json::Value = serde_json::from_str(&rebuilt).expect("JSON");
     assert_eq!((&rebuilt["permits"], &rebuilt["sold"]), (&"2".into(), &"1".into()));
     assert!(mesh.verb(&["stock", "report", &sale]).0.contains("PERMIT_STATE_OPEN"));
+    assert!(mesh.verb(&["stock", "reconcile", &sale]).0.contains("CONSISTENT (0 units)"));
     assert_eq!(mesh.verb(&["dead-letter", "list"]).0.lines().count(), 1, "the heads of columns");
     let target = format!("sagas/{saga}");
     let (actions, _) = mesh.verb(&["actions", "--target", &target, "--output", "json"]);

@@ -6,8 +6,8 @@ use proto::{
     v1::{
         AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest, ListActionsRequest,
         ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest, ListSagasResponse,
-        RebuildStockRequest, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation, StockReport,
-        operations_server,
+        RebuildStockRequest, ReconcileStockRequest, RedriveDeadLetterRequest, RetrySagaRequest, Saga, SagaExplanation,
+        StockReconciliation, StockReport, operations_server,
     },
 };
 use tonic::{Request, Response, Status};
@@ -154,6 +154,20 @@ impl operations_server::Operations for Operations {
                 let deed = Deed::new("RebuildStock", "sales", &request.sale, &request.reason)?;
                 let work = async { handed_on(self.stock.clone().rebuild_stock(request).await) };
                 self.actions.record(&operator, deed, work).await
+            }
+            .await,
+        )
+    }
+
+    async fn reconcile_stock(
+        &self,
+        request: Request<ReconcileStockRequest>,
+    ) -> Result<Response<StockReconciliation>, Status> {
+        answer(
+            async {
+                self.callers.operator(request.metadata())?;
+                let sale = sale(&request.get_ref().sale)?;
+                handed_on(self.stock.clone().reconcile_stock(ReconcileStockRequest { sale }).await)
             }
             .await,
         )

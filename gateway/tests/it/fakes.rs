@@ -361,6 +361,9 @@ impl stock_server::Stock for Service {
     async fn rebuild_stock(&self, _: Request<v1::RebuildStockRequest>) -> Answer<v1::StockReport> {
         self.0.operate("RebuildStock", v1::StockReport::default())
     }
+    async fn reconcile_stock(&self, _: Request<v1::ReconcileStockRequest>) -> Answer<v1::StockReconciliation> {
+        Ok(Response::new(v1::StockReconciliation::default()))
+    }
     async fn lookup_grants(&self, request: Request<LookupGrantsRequest>) -> Answer<LookupGrantsResponse> {
         let grants = self.0.grants.lock().unwrap();
         let rebuilding = self.0.rebuilding.load(Ordering::SeqCst);

@@ -142,7 +142,7 @@ async fn every_route_of_the_document_leads_somewhere() {
             routes += 1;
         }
     }
-    assert_eq!(routes, 26, "25 rpcs and the webhook");
+    assert_eq!(routes, 27, "26 rpcs and the webhook");
 }
 
 #[tokio::test]

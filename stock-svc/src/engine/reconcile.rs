@@ -6,16 +6,21 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures::StreamExt;
-use proto::{SaleId, error::Result, v1::SaleState};
+use proto::{
+    SaleId,
+    error::Result,
+    v1::{SaleState, StockReconciliation, stock_reconciliation::Finding},
+};
 use tokio::sync::Mutex;
 
 use super::{AT_ONCE, Engine};
 use crate::{
     domain::{
+        ledger::Ledger,
         permits::{Header, Phase},
         reconcile::{excess, shortage},
     },
-    store::{Record, Standing},
+    store::{Counted, Record, Standing},
 };
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -82,6 +87,23 @@ impl Engine {
         }
     }
 
+    /// What a round would find of one sale now, and whether the ledger adds up. Changes nothing.
+    pub(crate) async fn reconciliation(&self, sale: &SaleId) -> Result<StockReconciliation> {
+        let counted = self.0.store.count_holds(sale).await?;
+        let before = self.open_header(sale).await?;
+        let Standing { record, outbox_is_empty } = self.0.store.standing(sale).await?;
+        let after = self.open_header(sale).await?;
+        let (finding, units) = finding(&counted, before.as_ref(), &record.ledger, outbox_is_empty, after.as_ref());
+        Ok(StockReconciliation {
+            stock: Some(self.get_stock(sale).await?),
+            locked_in_holds: counted.locked_in_holds,
+            sold_in_holds: counted.sold_in_holds,
+            outbox_is_empty,
+            finding: finding.into(),
+            units,
+        })
+    }
+
     /// Decides once more with the ledger standing still, so that stock that is being withdrawn is not offered again.
     async fn raise(&self, sale: &SaleId, seen: (i64, i64)) -> Result<()> {
         let (engine, id) = (self.clone(), sale.clone());
@@ -112,5 +134,31 @@ impl Engine {
             let slack = record.ledger.offerable() - header.offered();
             metrics::gauge!("seckill_slack", "sale" => record.sale.id.to_string()).set(slack as f64);
         }
+    }
+}
+
+/// What the books say beside each other, and by how many units. The permits are read around the ledger, see
+/// [`crate::domain::reconcile`].
+fn finding(
+    counted: &Counted,
+    before: Option<&Header>,
+    ledger: &Ledger,
+    outbox_is_empty: bool,
+    after: Option<&Header>,
+) -> (Finding, i64) {
+    let broken = (counted.locked_in_holds - counted.held).abs() + (counted.sold_in_holds - counted.sold).abs();
+    if broken > 0 {
+        return (Finding::LedgerBroken, broken);
+    }
+    let current = |header: &&Header| header.epoch == ledger.epoch;
+    let (Some(before), Some(after)) = (before.filter(current), after.filter(current)) else {
+        return (Finding::NoPermits, ledger.available);
+    };
+    let missing = ledger.offerable() - after.offered();
+    match (excess(before, ledger), shortage(ledger, outbox_is_empty, after)) {
+        (Some(excess), _) => (Finding::Excess, excess),
+        (None, Some(raise)) => (Finding::Short, raise.missing),
+        (None, None) if missing > 0 => (Finding::OnItsWay, missing),
+        (None, None) => (Finding::Consistent, 0),
     }
 }

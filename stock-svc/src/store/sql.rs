@@ -11,12 +11,12 @@ use mesh::sql::{self, transaction};
 use proto::{BuyerId, Error, Money, OrderId, Reason, RequestId, SaleId, error::Result};
 use sea_orm::{
     ActiveValue::{NotSet, Set},
-    DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IntoActiveModel, QueryOrder, QuerySelect,
+    DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IntoActiveModel, QueryOrder, QueryResult, QuerySelect,
     prelude::*,
-    sea_query::{Alias, ExprTrait, Func, OnConflict},
+    sea_query::{Alias, ExprTrait, Func, OnConflict, Query},
 };
 
-use super::{Applied, Fenced, Hook, Operation, Outcome, Outgoing, Record, Standing, Store};
+use super::{Applied, Counted, Fenced, Hook, Operation, Outcome, Outgoing, Record, Standing, Store};
 use crate::domain::{
     HoldId,
     ledger::{Book, Changes, Hold, HoldState, Ledger},
@@ -362,6 +362,44 @@ impl Store for SqlStore {
         // The outbox afterwards: when it is empty, every release in the ledger read above has been relayed.
         let outbox_is_empty = outbox_is_empty(&self.db, sale).await.map_err(sql::fault)?;
         Ok(Standing { record, outbox_is_empty })
+    }
+
+    async fn count_holds(&self, sale: &SaleId) -> Result<Counted> {
+        use stock_hold::{Column as Hold, Entity as Holds};
+        use stock_sale::{Column as Sale, Entity as Sales};
+        let integer = if self.db.get_database_backend() == DbBackend::MySql { "SIGNED" } else { "BIGINT" };
+        let of_the_sale = Expr::col((Holds, Hold::SaleId)).equals((Sales, Sale::SaleId));
+        let counts = Expr::col((Holds, Hold::State)).is_in([LOCKED, SOLD]);
+        // One statement sees one moment, on all three.
+        let select = Query::select()
+            .column((Sales, Sale::Held))
+            .column((Sales, Sale::Sold))
+            .column((Holds, Hold::State))
+            .expr_as(Expr::col((Holds, Hold::Quantity)).sum().cast_as(Alias::new(integer)), Alias::new("units"))
+            .from(Sales)
+            .left_join(Holds, of_the_sale.and(counts))
+            .and_where(Expr::col((Sales, Sale::SaleId)).eq(sale.as_str()))
+            .group_by_columns([(Sales, Sale::Held), (Sales, Sale::Sold)])
+            .group_by_col((Holds, Hold::State))
+            .to_owned();
+        let rows = self.db.query_all(&select).await.map_err(sql::fault)?;
+        if rows.is_empty() {
+            return Err(Error::not_found("sale"));
+        }
+        let mut counted = Counted::default();
+        let mut read = |row: &QueryResult| -> Result<(), DbErr> {
+            counted.held = row.try_get("", "held")?;
+            counted.sold = row.try_get("", "sold")?;
+            let units: Option<i64> = row.try_get("", "units")?;
+            match row.try_get::<Option<i32>>("", "state")? {
+                Some(LOCKED) => counted.locked_in_holds = units.unwrap_or_default(),
+                Some(SOLD) => counted.sold_in_holds = units.unwrap_or_default(),
+                _ => {}
+            }
+            Ok(())
+        };
+        rows.iter().try_for_each(&mut read).map_err(sql::fault)?;
+        Ok(counted)
     }
 
     async fn outbox(&self, after: i64, without: &[SaleId], limit: u64) -> Result<Vec<Outgoing>> {

@@ -200,3 +200,25 @@ async fn gateways_hear_when_a_sale_empties_who_is_in_it_and_when_units_come_back
         .await;
     }
 }
+
+#[tokio::test]
+async fn what_reconciliation_would_find_is_told_and_a_ledger_that_does_not_add_up_is_seen() {
+    use proto::v1::stock_reconciliation::Finding;
+    use sea_orm::ConnectionTrait;
+    for world in worlds().await {
+        let sale = world.sale(5, 2).await;
+        let (alice, bob) = (wanted(&sale, "alice", 2), wanted(&sale, "bob", 1));
+        hold(&world.client, &alice).await;
+        hold(&world.client, &bob).await;
+        deduct(&world.client, &bob).await.unwrap();
+        let ask = async || {
+            let request = proto::v1::ReconcileStockRequest { sale: sale.to_string() };
+            let found = world.client.clone().reconcile_stock(request).await.unwrap().into_inner();
+            (found.finding(), found.units, found.locked_in_holds, found.sold_in_holds)
+        };
+        assert_eq!(ask().await, (Finding::Consistent, 0, 2, 1), "{}", world.name);
+        let forge = format!("UPDATE stock_hold SET quantity = 1 WHERE hold_id = '{}'", alice.hold);
+        world.connection.execute_unprepared(&forge).await.unwrap();
+        assert_eq!(ask().await, (Finding::LedgerBroken, 1, 1, 1), "{}", world.name);
+    }
+}

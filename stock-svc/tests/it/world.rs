@@ -45,7 +45,7 @@ pub struct World {
     pub config: Config,
     pub life: Lifecycle,
     database: TestDatabase,
-    connection: DatabaseConnection,
+    pub connection: DatabaseConnection,
     keeper: Keeper,
 }
 
