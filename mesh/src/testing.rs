@@ -62,17 +62,9 @@ async fn on_server(kind: &'static str, base: &str) -> TestDatabase {
     let admin = crate::sql::connect(base).await.expect("the test server answers");
     admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database can be created");
     admin.close().await.expect("the connection closes");
-    let url = with_database(base, &name);
+    let url = crate::sql::with_database(base, &name);
     let connection = crate::sql::connect(&url).await.expect("the new database answers");
     TestDatabase { kind, url, connection, _dir: None }
-}
-
-/// The same server, another database.
-pub fn with_database(base: &str, name: &str) -> String {
-    let (scheme, rest) = base.split_once("://").expect("a URL");
-    let (rest, query) = rest.split_once('?').map_or((rest, String::new()), |(r, q)| (r, format!("?{q}")));
-    let authority = rest.split('/').next().unwrap_or(rest);
-    format!("{scheme}://{authority}/{name}{query}")
 }
 
 /// Waits until `check` answers something, or fails with what it was waiting for.

@@ -3,6 +3,7 @@
 //! Everything a verb starts, it stops again, whichever way it ends: by return, error, panic or Ctrl-C. Nothing here
 //! exits the process while a child lives; `main` returns an exit code after every value has been dropped.
 
+mod bench;
 mod chaos;
 mod ci;
 mod process;
@@ -38,6 +39,8 @@ enum Verb {
     Sim(ci::SimArgs),
     /// Break a mesh of real processes on real servers, under load, and audit it; `-- --help` for scenarios and bounds
     Chaos(chaos::Args),
+    /// Measure the mesh beside the machine's own ceilings and the textbook design; `-- --help` for scenarios
+    Bench(bench::Args),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),
     /// Run only the servers until Ctrl-C, and print what to export to use them
@@ -71,6 +74,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Model(args) => ci::model(&args, &interrupt),
         Verb::Sim(args) => ci::sim(&args, &interrupt),
         Verb::Chaos(args) => chaos::chaos(&args, &interrupt),
+        Verb::Bench(args) => bench::bench(&args, &interrupt),
         Verb::Up(args) => up::up(&args, &interrupt),
         Verb::Servers(args) => up::servers(&args, &interrupt),
     }

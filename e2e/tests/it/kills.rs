@@ -174,7 +174,7 @@ async fn fresh_database(base: &str, service: &str) -> String {
     let name = format!("e2e_{service}_{}", Uuid::new_v4().simple());
     let admin = mesh::sql::connect(base).await.expect("the database server answers");
     admin.execute_unprepared(&format!("CREATE DATABASE {name}")).await.expect("a database can be created");
-    mesh::testing::with_database(base, &name)
+    mesh::sql::with_database(base, &name)
 }
 
 async fn each_role_killed_in_mid_rush(databases: &str) {
