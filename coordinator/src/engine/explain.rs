@@ -79,7 +79,7 @@ mod tests {
     #[test]
     fn before_the_pivot_a_retry_goes_on_and_an_abandon_undoes_last_first() {
         let explanation = of(State::Paying);
-        let to_the_end = vec!["intend", "charge", "deduct", "mark_paid", "announce"];
+        let to_the_end = vec!["charge", "deduct", "mark_paid", "announce"];
         let retry = Course { steps: to_the_end, compensates: false, result: "PAID" };
         let undo = Course { steps: vec!["void", "close", "release"], compensates: true, result: "CANCELLED" };
         assert_eq!(explanation, Explanation { past_pivot: false, retry, abandon: Some(undo) });

@@ -43,7 +43,7 @@ async fn a_saga_stuck_on_a_silent_provider_is_explained_and_then_finished_by_a_r
     assert!(told.iter().all(|told| shown.contains(told)), "{shown}");
 
     let (explained, _) = mesh.verb(&["saga", "explain", &saga]);
-    let retry = "retry    does intend, charge, deduct, mark_paid, announce; then PAID";
+    let retry = "retry    does charge, deduct, mark_paid, announce; then PAID";
     let abandon = "abandon  gives back by void, close, release; then CANCELLED";
     assert!(explained.contains(retry) && explained.contains(abandon), "{explained}");
     assert_eq!(mesh.verb(&["saga", "show", &saga]).0, shown, "explaining changes nothing");
