@@ -60,7 +60,7 @@ pub struct Accept {
 impl Accept {
     /// Starts the batches.
     pub fn start(config: &Config, calls: Calls, sagas: Sagas, lanes: Lanes, life: &Lifecycle) -> Self {
-        let limits = Limits { max_items: config.saga_batch, in_flight: config.saga_calls, ..Limits::default() };
+        let limits = Limits { max_items: config.saga_batch, in_flight: config.accept_calls, ..Limits::default() };
         let permits = {
             let calls = calls.clone();
             Batcher::start("permits", limits, life.tasks(), move |items: Vec<AcquirePermit>| {

@@ -17,9 +17,14 @@ pub struct Config {
     #[arg(long, env = "SECKILL_SAGA_BATCH", default_value_t = Config::default().saga_batch)]
     pub saga_batch: usize,
 
-    /// Such calls in flight at once. More hide round trips, fewer make larger batches, which cost less for each order.
+    /// Calls in flight at once that change or read orders. More hide round trips, fewer make larger batches, which cost
+    /// less for each order.
     #[arg(long, env = "SECKILL_SAGA_CALLS", default_value_t = Config::default().saga_calls)]
     pub saga_calls: usize,
+
+    /// Batches of orders that are being accepted at once: permits are taken for one while another is published.
+    #[arg(long, env = "SECKILL_ACCEPT_CALLS", default_value_t = Config::default().accept_calls)]
+    pub accept_calls: usize,
 
     /// Accepted orders that may wait for the funnel. Whoever comes while it is full waits, too, for a second at most.
     #[arg(long, env = "SECKILL_ACCEPT_BACKLOG", default_value_t = Config::default().accept_backlog)]
@@ -29,7 +34,7 @@ pub struct Config {
     #[arg(long, env = "SECKILL_FUNNEL_BATCH", default_value_t = Config::default().funnel_batch)]
     pub funnel_batch: usize,
 
-    /// Batches that the funnel works on at once. The second is fetched while the first is written.
+    /// Batches that the funnel works on at once. The second is fetched while the first is written; more make each smaller.
     #[arg(long, env = "SECKILL_FUNNEL_WORKERS", default_value_t = Config::default().funnel_workers)]
     pub funnel_workers: usize,
 
@@ -121,9 +126,10 @@ impl Default for Config {
         Self {
             saga_batch: 512,
             saga_calls: 1,
+            accept_calls: 2,
             accept_backlog: 2_048,
             funnel_batch: 512,
-            funnel_workers: 3,
+            funnel_workers: 2,
             funnel_retry_ms: 100,
             lane_batch: 512,
             ack_wait_ms: 3_000,
