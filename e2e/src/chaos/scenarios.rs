@@ -15,7 +15,7 @@ use sea_orm::{ConnectionTrait, DatabaseConnection, FromQueryResult, Statement};
 use seckill::{audit, backends::open_database, config::StorageArgs};
 use tokio::time::sleep;
 
-use super::{Chaos, Load, Role, at_rest};
+use super::{Chaos, Load, Role, clean};
 use crate::processes::{Process, free_address};
 
 /// Placed at once. The coordinator paces them; more would only wait in the gateways.
@@ -48,6 +48,7 @@ impl Chaos {
         crowd.await.context("the crowd")?;
         // They would end in an hour.
         self.load.forget();
+        self.leaves_orders = true;
 
         let (sale, window) = self.fill(count).await?;
         let restarted = self.restart_coordinators(window).await?;
@@ -114,6 +115,7 @@ impl Chaos {
         println!("locking again {:.2} s after the restart", restarted.elapsed().as_secs_f64());
         // They would end in an hour; that they end is another scenario's to show.
         self.load.forget();
+        self.leaves_orders = true;
         Ok(())
     }
 
@@ -260,7 +262,7 @@ pub async fn disk_full(program: &Path, logs: &Path, rate: f64, seed: u64) -> Res
     let ends = load.all_end(Duration::from_secs(60)).await;
     load.sold_out_is_sold().await;
     mesh.stop(Duration::from_secs(25)).await.context("stopping the mesh")?;
-    if let Err(last) = at_rest(&audit::Source::new(&storage, None)?).await? {
+    if let Err(last) = clean(&audit::Source::new(&storage, None)?, true).await? {
         load.violation(format!("the audit at rest is not clean:\n{last}"));
     }
     println!("{}\nended      {ends:?}", load.summary());
