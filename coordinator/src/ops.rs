@@ -6,6 +6,7 @@ use std::sync::Arc;
 use proto::{
     Error, OrderId,
     error::Result,
+    timestamp,
     v1::{
         AbandonSagaRequest, Action as WireAction, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest,
         ListActionsRequest, ListActionsResponse, ListDeadLettersRequest, ListDeadLettersResponse, ListSagasRequest,
@@ -25,7 +26,6 @@ use crate::{
     order_saga::{self, OrderSaga},
     refund_saga::{self, RefundSaga},
     store::{Action, Entry, Filter, Patch, Row, Verdict},
-    wire::timestamp,
 };
 
 const DEFAULT_PAGE: i32 = 50;

@@ -1,9 +1,8 @@
 //! Rows and messages as others read them.
 
 use mesh::bus::Headers;
-use prost_types::Timestamp;
 use proto::{
-    Reason,
+    Reason, timestamp,
     v1::{Order, OrderState},
 };
 
@@ -82,12 +81,6 @@ pub fn placed_order(placed: &Placed) -> Order {
         close_time: None,
         etag: "0".to_owned(),
     }
-}
-
-/// Unix milliseconds on the wire.
-pub fn timestamp(unix_ms: i64) -> Timestamp {
-    // Below a thousand milliseconds' worth of nanoseconds: fits.
-    Timestamp { seconds: unix_ms.div_euclid(1_000), nanos: (unix_ms.rem_euclid(1_000) * 1_000_000) as i32 }
 }
 
 /// Headers that continue a trace; none where there is none.

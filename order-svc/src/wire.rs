@@ -1,10 +1,10 @@
 //! Between the wire and the domain: what comes in is checked here once, and every fault names its field.
 
-use prost_types::Timestamp;
 use proto::{
     BuyerId, Error, Money, OrderId, Reason, SaleId,
     error::Result,
     internal::{ItemResult, OrderRecord, TransitionOrder, item_result},
+    timestamp,
     v1::{self, OrderState},
 };
 
@@ -86,9 +86,4 @@ pub fn item_result(result: Result<()>) -> ItemResult {
             Err(error) => item_result::Result::Refused(error.into()),
         }),
     }
-}
-
-fn timestamp(unix_ms: i64) -> Timestamp {
-    // Below a thousand milliseconds' worth of nanoseconds: fits.
-    Timestamp { seconds: unix_ms.div_euclid(1_000), nanos: (unix_ms.rem_euclid(1_000) * 1_000_000) as i32 }
 }

@@ -28,5 +28,11 @@ pub use generated::seckill::internal::v1 as internal;
 /// The wire form of money; inside, use [`Money`].
 pub use generated::google::r#type::Money as WireMoney;
 
+/// Unix milliseconds as the wire has them.
+pub fn timestamp(unix_ms: i64) -> prost_types::Timestamp {
+    // Below a thousand milliseconds' worth of nanoseconds: fits.
+    prost_types::Timestamp { seconds: unix_ms.div_euclid(1_000), nanos: (unix_ms.rem_euclid(1_000) * 1_000_000) as i32 }
+}
+
 /// Encoded descriptors of every .proto file, annotations included: for reflection, JSON and the OpenAPI document.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -30,7 +30,7 @@ use mesh::{
     lifecycle::Lifecycle,
     sql::{self, transaction},
 };
-use proto::{Money, OrderId, error::Result};
+use proto::{Money, OrderId, error::Result, timestamp};
 use sea_orm::{
     DatabaseConnection, DatabaseTransaction, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect,
     prelude::*, sea_query::OnConflict,
@@ -468,8 +468,7 @@ fn reference(row: &Model) -> String {
 }
 
 fn body(row: &Model) -> Result<Vec<u8>> {
-    let time =
-        prost_types::Timestamp { seconds: row.change_at / 1_000, nanos: (row.change_at % 1_000) as i32 * 1_000_000 };
+    let time = timestamp(row.change_at);
     let kind = match state(row) {
         State::Refunded => "payment.refunded",
         _ => "payment.captured",

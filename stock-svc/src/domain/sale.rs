@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proto::{Error, Money, RequestId, SaleId, error::Result, v1};
+use proto::{Error, Money, RequestId, SaleId, error::Result, timestamp, v1};
 
 use super::{MAX_STOCK, ledger::Ledger, permits::Facts};
 
@@ -244,11 +244,6 @@ fn window_millis(window: &prost_types::Duration) -> Result<i64> {
         Some(millis) if WINDOW_MS.contains(&millis) => Ok(millis),
         _ => Err(Error::invalid("payment_window", "must be from 1 s to 7 days")),
     }
-}
-
-fn timestamp(millis: i64) -> prost_types::Timestamp {
-    let nanos = millis.rem_euclid(1000) as i32 * 1_000_000;
-    prost_types::Timestamp { seconds: millis.div_euclid(1000), nanos }
 }
 
 #[cfg(test)]

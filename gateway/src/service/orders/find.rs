@@ -11,6 +11,7 @@ use proto::{
         GetOrderResult, GetOrdersRequest, Grant, LookupGrantsRequest, LookupResult, get_order_result, lookup_result,
         order_records_client::OrderRecordsClient, stock_client::StockClient,
     },
+    timestamp,
     v1::{Order, OrderState},
 };
 
@@ -101,8 +102,4 @@ fn placed(id: OrderId, grant: Grant) -> Order {
         etag: PLACED_ETAG.to_owned(),
         ..Default::default()
     }
-}
-
-fn timestamp(ms: i64) -> prost_types::Timestamp {
-    prost_types::Timestamp { seconds: ms.div_euclid(1000), nanos: ms.rem_euclid(1000) as i32 * 1_000_000 }
 }
