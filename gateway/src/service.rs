@@ -17,6 +17,8 @@ pub mod sales;
 /// Entries of one page, at most, and when the request does not say.
 const LARGEST_PAGE: i32 = 100;
 const USUAL_PAGE: i32 = 50;
+/// Of what operators write and look for, in bytes.
+const LONGEST_TEXT: usize = 256;
 
 /// Tells who calls.
 #[derive(Clone)]
@@ -99,13 +101,20 @@ fn page_size(asked: i32) -> Result<i32, Error> {
     }
 }
 
-/// A field that must be there and is not absurdly long.
+/// A field that must be there, and is [`plain`].
 fn given(field: &str, text: &str) -> Result<(), Error> {
-    match text.len() {
-        0 => Err(Error::invalid(field, "must be given")),
-        1..=256 => Ok(()),
-        _ => Err(Error::invalid(field, "must be at most 256 bytes")),
+    if text.is_empty() { Err(Error::invalid(field, "must be given")) } else { plain(field, text) }
+}
+
+/// Text that is not absurdly long and that every database takes: some have no place for a NUL, and would seem to be down.
+fn plain(field: &str, text: &str) -> Result<(), Error> {
+    if text.len() > LONGEST_TEXT {
+        return Err(Error::invalid(field, format!("must be at most {LONGEST_TEXT} bytes")));
     }
+    if text.chars().any(char::is_control) {
+        return Err(Error::invalid(field, "must not contain control characters"));
+    }
+    Ok(())
 }
 
 fn shutting_down() -> Error {

@@ -2,17 +2,14 @@
 //! is done, and once more how it ended. What cannot be written down is not done.
 
 use mesh::{chance, clock::Clock, identity::Identity, link::Link};
-use prost_types::Timestamp;
 use proto::{
     Error, Reason,
     internal::coordinator_client::CoordinatorClient,
+    timestamp,
     v1::{Action, action::Outcome},
 };
 
-use super::handed_on;
-
-/// Of an operator's reason, in bytes.
-const LONGEST_REASON: usize = 256;
+use super::{handed_on, plain};
 
 /// Keeps the book, which is with the coordinator. Cheap to clone.
 #[derive(Clone)]
@@ -32,9 +29,7 @@ pub struct Deed {
 impl Deed {
     /// This rpc, to the one with this id or name among `targets`, such as `sagas`.
     pub fn new(verb: &'static str, targets: &str, id: &str, reason: &str) -> Result<Self, Error> {
-        if reason.len() > LONGEST_REASON {
-            return Err(Error::invalid("reason", format!("must be at most {LONGEST_REASON} bytes")));
-        }
+        plain("reason", reason)?;
         let id = id.strip_prefix(targets).and_then(|rest| rest.strip_prefix('/')).unwrap_or(id);
         let target = if id.is_empty() { targets.to_owned() } else { format!("{targets}/{id}") };
         Ok(Self { verb, target, detail: String::new(), reason: reason.to_owned() })
@@ -71,7 +66,7 @@ impl Actions {
             reason,
             outcome: Outcome::Begun.into(),
             error: String::new(),
-            time: Some(Timestamp { seconds: now_ms / 1_000, nanos: (now_ms % 1_000) as i32 * 1_000_000 }),
+            time: Some(timestamp(now_ms)),
         };
         self.write(&action).await?;
         let done = work.await;

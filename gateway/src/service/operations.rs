@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use super::{
     Callers,
     actions::{Actions, Deed},
-    answer, given, handed_on, page_size, sale,
+    answer, given, handed_on, page_size, plain, sale,
 };
 
 /// Serves `seckill.v1.Operations`.
@@ -42,6 +42,8 @@ impl operations_server::Operations for Operations {
                 self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.page_size = page_size(request.page_size)?;
+                plain("page_token", &request.page_token)?;
+                plain("state", &request.state)?;
                 handed_on(self.coordinator.clone().list_sagas(request).await)
             }
             .await,
@@ -110,6 +112,7 @@ impl operations_server::Operations for Operations {
                 self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.page_size = page_size(request.page_size)?;
+                plain("page_token", &request.page_token)?;
                 handed_on(self.coordinator.clone().list_dead_letters(request).await)
             }
             .await,
@@ -182,6 +185,8 @@ impl operations_server::Operations for Operations {
                 self.callers.operator(request.metadata())?;
                 let mut request = request.into_inner();
                 request.page_size = page_size(request.page_size)?;
+                plain("page_token", &request.page_token)?;
+                plain("target", &request.target)?;
                 handed_on(self.coordinator.clone().list_actions(request).await)
             }
             .await,

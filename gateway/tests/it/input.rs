@@ -87,6 +87,35 @@ async fn bad_paths_queries_and_methods_are_refused() {
     assert_eq!(order.refusal().1, "NOT_FOUND", "an unknown sale");
 }
 
+/// Some databases have no place for a NUL: it must not look as if one were down.
+#[tokio::test]
+async fn what_operators_write_and_look_for_is_plain_text() {
+    let door = Door::open().await;
+    for (path, field) in [
+        ("/v1/ops/sagas?pageToken=%00", "page_token"),
+        ("/v1/ops/sagas?state=%00", "state"),
+        ("/v1/ops/sagas/%00", "saga"),
+        ("/v1/ops/deadLetters?pageToken=%00", "page_token"),
+        ("/v1/ops/deadLetters/%00", "dead_letter"),
+        ("/v1/ops/actions?pageToken=%00", "page_token"),
+        ("/v1/ops/actions?target=%00", "target"),
+    ] {
+        let answer = door.get(path).operator().send().await;
+        assert_eq!(answer.refusal(), (400, "INVALID_FIELD".to_owned(), field.to_owned()), "{path}: {}", answer.text);
+    }
+    let long = format!(r#"{{"reason":"{}"}}"#, "y".repeat(257));
+    for (path, body, field) in [
+        ("/v1/ops/sagas/1:retry", r#"{"reason":"a\u0000b"}"#, "reason"),
+        ("/v1/ops/sagas/%00:retry", "{}", "saga"),
+        ("/v1/sales/spring:pause", r#"{"reason":"a\u0000b"}"#, "reason"),
+        ("/v1/sales/spring:pause", &long, "reason"),
+    ] {
+        let answer = door.post(path, body.to_owned()).operator().send().await;
+        assert_eq!(answer.refusal(), (400, "INVALID_FIELD".to_owned(), field.to_owned()), "{path}: {}", answer.text);
+    }
+    assert_eq!(door.fakes.effects(), 0);
+}
+
 #[tokio::test]
 async fn bodies_that_are_too_large_are_refused_on_both_protocols() {
     let door = Door::open().await;
