@@ -30,12 +30,11 @@ use seckill::{
     assembly::{Mesh, Options},
     audit,
     config::{CommonArgs, RoleConfigs, StorageArgs},
+    ops::Bearer,
     tools,
 };
 use tonic::{
-    Request,
-    metadata::AsciiMetadataValue,
-    service::{Interceptor, interceptor::InterceptedService},
+    service::interceptor::InterceptedService,
     transport::{Channel, Endpoint},
 };
 use uuid::Uuid;
@@ -201,17 +200,6 @@ impl World {
     }
 }
 
-/// Adds the token to every call.
-#[derive(Clone, Debug)]
-pub struct Bearer(AsciiMetadataValue);
-
-impl Interceptor for Bearer {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, tonic::Status> {
-        request.metadata_mut().insert("authorization", self.0.clone());
-        Ok(request)
-    }
-}
-
 type Door = InterceptedService<Channel, Bearer>;
 
 /// Somebody at the door. Verbs answer what the API answers, or the reason it gave.
@@ -226,7 +214,7 @@ type Answer<T> = Result<T, Error>;
 
 impl Client {
     fn new(channel: Channel, token: &str) -> Self {
-        let bearer = Bearer(format!("Bearer {token}").parse().expect("a token is a header value"));
+        let bearer = Bearer::new(token).expect("a token is a header's value");
         let door = |channel| InterceptedService::new(channel, bearer.clone());
         Self {
             sales: SalesClient::new(door(channel.clone())),

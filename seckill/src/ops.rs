@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use mesh::identity::{AuthArgs, Secret};
 use proto::v1::operations_client::OperationsClient;
@@ -74,6 +74,13 @@ type Door = InterceptedService<Channel, Bearer>;
 #[derive(Clone, Debug)]
 pub struct Bearer(AsciiMetadataValue);
 
+impl Bearer {
+    /// For this token.
+    pub fn new(token: &str) -> anyhow::Result<Self> {
+        Ok(Self(format!("Bearer {token}").parse().context("the token is not a header's value")?))
+    }
+}
+
 impl Interceptor for Bearer {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         request.metadata_mut().insert("authorization", self.0.clone());
@@ -91,16 +98,33 @@ impl DoorArgs {
                 tools::mint(&minter, &self.operator, "operator", Duration::from_secs(60))?
             }
         };
-        let Ok(bearer) = format!("Bearer {token}").parse() else { bail!("the token is not a header's value") };
+        let bearer = Bearer::new(&token)?;
         let channel = Endpoint::from(self.gateway.clone())
             .connect()
             .await
             .with_context(|| format!("no gateway at {}", self.gateway))?;
-        Ok(InterceptedService::new(channel, Bearer(bearer)))
+        Ok(InterceptedService::new(channel, bearer))
     }
 
     async fn operations(&self) -> anyhow::Result<OperationsClient<Door>> {
         Ok(OperationsClient::new(self.open().await?))
+    }
+}
+
+/// Asks for page after page until there is no next one, or there are enough.
+async fn pages<T>(
+    enough: usize,
+    mut page: impl AsyncFnMut(String) -> Result<(Vec<T>, String), Status>,
+) -> Result<Vec<T>, Status> {
+    let (mut all, mut token) = (Vec::new(), String::new());
+    loop {
+        let (found, next) = page(token).await?;
+        all.extend(found);
+        if next.is_empty() || all.len() >= enough {
+            all.truncate(enough);
+            return Ok(all);
+        }
+        token = next;
     }
 }
 

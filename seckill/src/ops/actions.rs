@@ -3,7 +3,7 @@
 use clap::Args;
 use proto::v1::{Action, ListActionsRequest, ListActionsResponse};
 
-use super::{DoorArgs, PAGE, table, time, told};
+use super::{DoorArgs, PAGE, pages, table, time, told};
 
 /// Options of `seckill actions`.
 #[derive(Args, Clone, Debug)]
@@ -26,18 +26,13 @@ pub async fn run(args: ActionsArgs) -> anyhow::Result<bool> {
     let mut door = door.operations().await?;
     told(
         async {
-            let mut all = ListActionsResponse::default();
-            let mut request = ListActionsRequest { page_size: PAGE, page_token: String::new(), target };
-            loop {
-                let page = door.list_actions(request.clone()).await?.into_inner();
-                all.actions.extend(page.actions);
-                if page.next_page_token.is_empty() || all.actions.len() >= limit {
-                    break;
-                }
-                request.page_token = page.next_page_token;
-            }
-            all.actions.truncate(limit);
-            output.print("ListActionsResponse", &all, list)
+            let actions = pages(limit, async |page_token| {
+                let request = ListActionsRequest { page_size: PAGE, page_token, target: target.clone() };
+                let page = door.list_actions(request).await?.into_inner();
+                Ok((page.actions, page.next_page_token))
+            })
+            .await?;
+            output.print("ListActionsResponse", &ListActionsResponse { actions, ..Default::default() }, list)
         }
         .await,
     )

@@ -5,7 +5,7 @@ use proto::v1::{
     DeadLetter, GetDeadLetterRequest, ListDeadLettersRequest, ListDeadLettersResponse, RedriveDeadLetterRequest,
 };
 
-use super::{DoorArgs, PAGE, table, time, told};
+use super::{DoorArgs, PAGE, pages, table, time, told};
 
 /// Options of `seckill dead-letter`.
 #[derive(Args, Clone, Debug)]
@@ -46,16 +46,14 @@ pub async fn run(args: DeadLetterArgs) -> anyhow::Result<bool> {
         async {
             match args.verb {
                 DeadLetterVerb::List => {
-                    let mut all = ListDeadLettersResponse::default();
-                    let mut request = ListDeadLettersRequest { page_size: PAGE, page_token: String::new() };
-                    loop {
-                        let page = door.list_dead_letters(request.clone()).await?.into_inner();
-                        all.dead_letters.extend(page.dead_letters);
-                        if page.next_page_token.is_empty() {
-                            return output.print("ListDeadLettersResponse", &all, list);
-                        }
-                        request.page_token = page.next_page_token;
-                    }
+                    let dead_letters = pages(usize::MAX, async |page_token| {
+                        let request = ListDeadLettersRequest { page_size: PAGE, page_token };
+                        let page = door.list_dead_letters(request).await?.into_inner();
+                        Ok((page.dead_letters, page.next_page_token))
+                    })
+                    .await?;
+                    let all = ListDeadLettersResponse { dead_letters, ..Default::default() };
+                    output.print("ListDeadLettersResponse", &all, list)
                 }
                 DeadLetterVerb::Show { dead_letter } => {
                     let letter = door.get_dead_letter(GetDeadLetterRequest { dead_letter }).await?;

@@ -9,7 +9,7 @@ use proto::{
     },
 };
 
-use super::{DoorArgs, PAGE, table, time, told};
+use super::{DoorArgs, PAGE, pages, table, time, told};
 
 /// Options of `seckill saga`.
 #[derive(Args, Clone, Debug)]
@@ -67,16 +67,13 @@ pub async fn run(args: SagaArgs) -> anyhow::Result<bool> {
         async {
             match args.verb {
                 SagaVerb::List { state } => {
-                    let mut all = ListSagasResponse::default();
-                    let mut request = ListSagasRequest { page_size: PAGE, page_token: String::new(), state };
-                    loop {
-                        let page = door.list_sagas(request.clone()).await?.into_inner();
-                        all.sagas.extend(page.sagas);
-                        if page.next_page_token.is_empty() {
-                            return output.print("ListSagasResponse", &all, list);
-                        }
-                        request.page_token = page.next_page_token;
-                    }
+                    let sagas = pages(usize::MAX, async |page_token| {
+                        let request = ListSagasRequest { page_size: PAGE, page_token, state: state.clone() };
+                        let page = door.list_sagas(request).await?.into_inner();
+                        Ok((page.sagas, page.next_page_token))
+                    })
+                    .await?;
+                    output.print("ListSagasResponse", &ListSagasResponse { sagas, ..Default::default() }, list)
                 }
                 SagaVerb::Show { saga } => {
                     output.print("Saga", door.get_saga(GetSagaRequest { saga }).await?.get_ref(), show)
