@@ -204,9 +204,8 @@ impl Engine {
         // After the look: permits that were put back before it show now.
         let server = self.0.permits.fingerprint().await?;
         let mut all_current = true;
-        for record in &live {
-            let header = self.0.permits.header(&record.sale.id).await?;
-            all_current &= guard::is_current(header.as_ref(), record, &server);
+        for (header, record) in self.headers(live).await {
+            all_current &= guard::is_current(header?.as_ref(), &record, &server);
         }
         let known = self.0.store.known_holds(holds).await?;
         for (found, hold) in found.iter_mut().zip(holds) {

@@ -57,13 +57,8 @@ impl Engine {
         let live = self.0.store.live_sales(self.0.clock.now_ms()).await?;
         self.0.catalog.refresh(live.clone());
         let server = self.0.permits.fingerprint().await?;
-        let headers = futures::stream::iter(live)
-            .map(|record| async move { (self.0.permits.header(&record.sale.id).await, record) })
-            .buffer_unordered(AT_ONCE)
-            .collect::<Vec<_>>()
-            .await;
         let mut now_odd = Oddities::new();
-        for (header, record) in headers {
+        for (header, record) in self.headers(live).await {
             let sale = &record.sale.id;
             // One sale whose permits cannot be read, or are nonsense, must not keep the others unguarded.
             let header = match header {
@@ -97,6 +92,15 @@ impl Engine {
         }
         *before = now_odd;
         Ok(())
+    }
+
+    /// What the permits of these sales say of themselves.
+    pub(super) async fn headers(&self, sales: Vec<Record>) -> Vec<(Result<Option<Header>>, Record)> {
+        futures::stream::iter(sales)
+            .map(|record| async move { (self.0.permits.header(&record.sale.id).await, record) })
+            .buffer_unordered(AT_ONCE)
+            .collect()
+            .await
     }
 }
 
