@@ -88,6 +88,11 @@ pub struct Extent {
     pub length: Duration,
 }
 
+/// Counts the orders that the stream has taken.
+const ACCEPTED: &str = r#"seckill_bus_published_total{stream="ORDERS"}"#;
+/// Counts those of them that the funnel has written.
+const WRITTEN: &str = "seckill_placed_to_locked_seconds_count";
+
 const WARM_UP: Duration = Duration::from_secs(3);
 
 impl Scenario {
@@ -141,7 +146,7 @@ impl Scenario {
         let whole = Snapshot::take(&site).await?;
         let (from, to) = if self == Scenario::Rush { (before, whole) } else { (from, to) };
         let seconds = (to.at - from.at).as_secs_f64();
-        let locked = to.metrics.grown(&from.metrics, "seckill_placed_to_locked_seconds_count") / seconds;
+        let locked = to.metrics.grown(&from.metrics, WRITTEN) / seconds;
         let within = |name, q| to.metrics.quantile(&from.metrics, name, q).map(|s| s * 1000.0);
         let places = !matches!(self, Scenario::Soldout | Scenario::Browse);
         let back = (self == Scenario::Abandon)
@@ -155,7 +160,7 @@ impl Scenario {
             Some(task) => Some(task.await??.as_secs_f64() * 1000.0),
             None => None,
         };
-        drain(&site, &sales).await?;
+        drain(&site).await?;
         let peak_mib = site.peak_mib()?;
         let site = Arc::into_inner(site).context("the site is still in use")?;
         let (audited, told) = tokio::task::spawn_blocking(move || site.stop_and_audit()).await??;
@@ -302,17 +307,16 @@ async fn held_after(site: Arc<Site>, sale: String, units: u64) -> Result<Duratio
     }
 }
 
-/// Waits until nothing that was accepted waits for its lock: what is held and sold does not grow any more.
-async fn drain(site: &Site, sales: &[String]) -> Result<()> {
+/// Waits until every order that was accepted is written, locked or not.
+async fn drain(site: &Site) -> Result<()> {
     let begun = Instant::now();
-    let mut last = None;
     loop {
-        let stock = site.stock(&sales[0]).await?;
-        if last.replace(stock.held + stock.sold) == Some(stock.held + stock.sold) {
+        let metrics = site.metrics().await?;
+        if metrics.total(WRITTEN) >= metrics.total(ACCEPTED) {
             return Ok(());
         }
         ensure!(begun.elapsed() < DRAIN_LIMIT, "orders are still being locked after {DRAIN_LIMIT:?}");
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

@@ -259,10 +259,14 @@ impl Metrics {
         }
     }
 
+    /// What a counter has come to; nothing where it is not known yet.
+    pub fn total(&self, name: &str) -> f64 {
+        self.0.get(name).copied().unwrap_or(0.0)
+    }
+
     /// How much a counter has grown since.
     pub fn grown(&self, since: &Metrics, name: &str) -> f64 {
-        let at = |metrics: &Metrics| metrics.0.get(name).copied().unwrap_or(0.0);
-        at(self) - at(since)
+        self.total(name) - since.total(name)
     }
 
     /// An upper bound of a quantile of what a histogram has counted since, in its unit; none where it has counted nothing.
