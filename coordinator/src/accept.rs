@@ -13,7 +13,7 @@ use mesh::{
 };
 use prost::Message as _;
 use proto::{
-    Error, Money, OrderId, Reason,
+    Error, FIRST_EPOCH, Money, OrderId, Reason,
     error::Result,
     internal::{
         AcceptOrder, AcquirePermit, Grant, LimitReached, OrderPlaced, acquire_result::Result as Acquired,
@@ -34,9 +34,6 @@ use crate::{
     store::Row,
     wire::placed_order,
 };
-
-/// Permits of this epoch have never been lost: a fresh grant is an order that nobody has seen.
-const FIRST_EPOCH: i64 = 1;
 
 /// How long a granted order may be without a saga: longer than any backlog of the funnel that is not an outage.
 const UNWRITTEN: Duration = Duration::from_secs(600);
@@ -100,6 +97,7 @@ impl Accept {
     async fn granted(&self, wanted: &Wanted, grant: &Grant) -> Result<Order> {
         let placed = Placed::from_grant(grant)?;
         wanted.check_same(&placed.sale_id, placed.quantity)?;
+        // Nothing of that epoch was ever lost.
         let nobody_has_seen_it = grant.fresh && grant.epoch <= FIRST_EPOCH;
         if !nobody_has_seen_it && let Some(row) = self.sagas.get(wanted.order_id).await? {
             return self.known(wanted, &row).await;

@@ -28,6 +28,9 @@ pub use generated::seckill::internal::v1 as internal;
 /// The wire form of money; inside, use [`Money`].
 pub use generated::google::r#type::Money as WireMoney;
 
+/// The epoch of a sale's first permits: nothing of theirs was ever lost.
+pub const FIRST_EPOCH: i64 = 1;
+
 /// Unix milliseconds as the wire has them.
 pub fn timestamp(unix_ms: i64) -> prost_types::Timestamp {
     // Below a thousand milliseconds' worth of nanoseconds: fits.

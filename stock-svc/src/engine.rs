@@ -10,8 +10,8 @@ use std::{
 
 use futures::{StreamExt, future::join_all};
 use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle};
-use proto::{Error, Money, Reason, SaleId, error::Result};
-use tokio::sync::Notify;
+use proto::{Error, FIRST_EPOCH, Money, Reason, SaleId, error::Result, subjects};
+use tokio::{sync::Notify, time::Instant};
 
 use self::{catalog::Catalog, rebuild::Rebuilds, signals::Signals};
 use crate::{
@@ -37,6 +37,10 @@ mod sweep;
 
 /// A unit that is held may be released any moment: this soon a buyer may come back.
 const ALL_HELD_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a reader waits for the funnel to pass what was accepted before: several times what it takes when all is well.
+const FUNNEL_PATIENCE: Duration = Duration::from_millis(500);
+const FUNNEL_POLL: Duration = Duration::from_millis(20);
 
 /// Sales that a loop looks after at the same time.
 const AT_ONCE: usize = 16;
@@ -201,6 +205,10 @@ impl Engine {
     async fn look_twice(&self, holds: &[HoldId]) -> Result<Vec<Found>> {
         let live = self.0.store.live_sales(self.0.clock.now_ms()).await?;
         let mut found = self.look_among(live.clone(), holds).await;
+        // Taken before permits were lost and published after they were rebuilt: no permits know of that grant, and what
+        // comes of the order is found when the funnel has been by.
+        let was_rebuilt = live.iter().any(|record| record.ledger.epoch > FIRST_EPOCH);
+        let all_written = !was_rebuilt || self.all_is_written().await?;
         // After the look: permits that were put back before it show now.
         let server = self.0.permits.fingerprint().await?;
         let mut all_current = true;
@@ -209,11 +217,24 @@ impl Engine {
         }
         let known = self.0.store.known_holds(holds).await?;
         for (found, hold) in found.iter_mut().zip(holds) {
-            if matches!(found, Found::Absent) && (!all_current || known.contains(hold)) {
+            if matches!(found, Found::Absent) && (!all_written || !all_current || known.contains(hold)) {
                 *found = Found::Unknown;
             }
         }
         Ok(found)
+    }
+
+    /// Whether all that was accepted by now is settled: locked, or refused for good. Waits for it a little.
+    async fn all_is_written(&self) -> Result<bool> {
+        let end = self.0.bus.last_sequence(subjects::ORDERS).await?;
+        let until = Instant::now() + FUNNEL_PATIENCE;
+        while !self.funnel_has_passed(end).await? {
+            if Instant::now() >= until {
+                return Ok(false);
+            }
+            tokio::time::sleep(FUNNEL_POLL).await;
+        }
+        Ok(true)
     }
 
     /// Asks the permits of these sales. Where some do not answer, what the others do not know is unknown.

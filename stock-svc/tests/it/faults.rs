@@ -14,7 +14,7 @@ use stock_svc::{
     store::{Operation, Store},
 };
 
-use crate::world::*;
+use crate::{purchases::look_up, world::*};
 
 #[tokio::test]
 async fn e11_a_grant_that_became_nothing_is_back_within_the_sweeps_bound() {
@@ -133,6 +133,30 @@ async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
 }
 
 #[tokio::test]
+async fn e39_an_order_of_lost_permits_is_not_said_to_be_absent_before_the_funnel_has_passed() {
+    for world in worlds().await {
+        let sale = world.sale(2, 1).await;
+        let funnel = world.funnel().await;
+        let late = wanted(&sale, "alice", 1);
+        let stale = granted(&world.client, &late).await;
+        world.lose_permits(&sale).await;
+        let opened = async || (world.report(&sale).await.state() == v1::PermitState::Open).then_some(());
+        eventually("the permits are back", opened).await;
+        let stranger = wanted(&sale, "nobody", 1);
+        let both = [late.hold, stranger.hold];
+        assert_eq!(look_up(&world.client, &both).await, ["absent", "absent"], "{}: not accepted yet", world.name);
+        world.publish(&late, &stale).await;
+        assert_eq!(look_up(&world.client, &both).await, ["unknown", "unknown"], "{}: it is on its way", world.name);
+        // Its reader waits for the funnel, which takes a moment.
+        let (told, locked) = tokio::join!(look_up(&world.client, &both), funnel.run());
+        assert_eq!(locked, 1, "{}", world.name);
+        assert_eq!(told[1], "absent", "{}", world.name);
+        assert!(["granted", "unknown"].contains(&told[0]), "{}: {told:?}", world.name);
+        assert_eq!(look_up(&world.client, &both).await, ["granted", "absent"], "{}", world.name);
+    }
+}
+
+#[tokio::test]
 async fn e13_an_order_that_waits_for_permits_holds_up_no_rebuild_and_one_that_can_be_locked_does() {
     for world in worlds().await {
         let sale = world.sale(2, 1).await;
@@ -215,8 +239,11 @@ async fn e15_two_rebuilders_at_once_leave_r_equal_to_a() {
                 funnel.run().await;
                 two.rebuild_stock(request()).await
             });
-            one.unwrap();
-            two.unwrap();
+            // Who was overtaken is told that it goes on, not that it is done.
+            for told in [one, two] {
+                let reason = told.err().map(|status| proto::Error::from(status).reason);
+                assert!(matches!(reason, None | Some(Reason::StockRebuilding)), "{}: {reason:?}", world.name);
+            }
         }
         let report = world.at_rest(&sale).await;
         assert_eq!((report.available, report.held, report.permits), (9, 1, 9), "{}", world.name);

@@ -310,7 +310,7 @@ async fn a_hold_is_of_one_order() {
 }
 
 /// What became of each of these holds' grants, by name.
-async fn look_up(client: &Client, holds: &[OrderId]) -> Vec<&'static str> {
+pub async fn look_up(client: &Client, holds: &[OrderId]) -> Vec<&'static str> {
     let hold_ids = holds.iter().map(OrderId::to_string).collect();
     let answer = client.clone().lookup_grants(LookupGrantsRequest { hold_ids }).await.unwrap();
     let name = |result: LookupResult| match result.result.unwrap() {
