@@ -33,10 +33,13 @@ const CLAIM_CHECK: Duration = Duration::from_secs(1);
 /// A funnel that has not passed by then may be held up by orders that are stale: they are looked at.
 const LOOK_AFTER: Duration = Duration::from_millis(500);
 
+/// How a rebuild ended; none before.
+type Ended = watch::Receiver<Option<Result<()>>>;
+
 /// The rebuilds under way in this process.
 #[derive(Debug)]
 pub(super) struct Rebuilds {
-    running: Mutex<HashMap<SaleId, watch::Receiver<()>>>,
+    running: Mutex<HashMap<SaleId, Ended>>,
     slots: Semaphore,
 }
 
@@ -52,19 +55,23 @@ impl Engine {
         drop(self.begin_rebuild(sale));
     }
 
-    /// Rebuilds, or joins the rebuild under way, and waits up to `patience` for its end.
-    pub(super) async fn rebuild_within(&self, sale: &SaleId, patience: Duration) {
+    /// Rebuilds, or joins the rebuild under way, and waits up to `patience` for its end. Fails when it did. It may go on
+    /// afterwards, or another may have overtaken it: the header tells.
+    pub(super) async fn rebuild_within(&self, sale: &SaleId, patience: Duration) -> Result<()> {
         let mut running = self.begin_rebuild(sale);
-        // The sender is dropped at the end, whatever it was; the header tells.
-        let _ = tokio::time::timeout(patience, running.changed()).await;
+        match tokio::time::timeout(patience, running.wait_for(Option::is_some)).await {
+            Ok(Ok(ended)) => ended.clone().unwrap_or(Ok(())),
+            // It goes on; or its task was dropped, because this process stops.
+            Ok(Err(_)) | Err(_) => Ok(()),
+        }
     }
 
-    fn begin_rebuild(&self, sale: &SaleId) -> watch::Receiver<()> {
+    fn begin_rebuild(&self, sale: &SaleId) -> Ended {
         let mut running = self.0.rebuilds.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(running) = running.get(sale) {
             return running.clone();
         }
-        let (end, ended) = watch::channel(());
+        let (end, ended) = watch::channel(None);
         running.insert(sale.clone(), ended.clone());
         let (engine, sale) = (self.clone(), sale.clone());
         self.0.life.spawn(async move {
@@ -84,7 +91,8 @@ impl Engine {
             metrics::counter!("seckill_rebuilds_total", "outcome" => label).increment(1);
             let mut running = engine.0.rebuilds.running.lock().unwrap_or_else(PoisonError::into_inner);
             running.remove(&sale);
-            drop(end);
+            // Nobody may be waiting for it.
+            end.send_replace(Some(outcome.map(drop)));
         });
         ended
     }

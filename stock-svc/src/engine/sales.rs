@@ -35,8 +35,11 @@ impl Engine {
         let record = self.0.store.create_sale(new, hash).await?;
         self.0.catalog.put(record.clone());
         // A retry whose first attempt has opened them finds them.
-        if !matches!(self.0.permits.header(&record.sale.id).await, Ok(Some(_))) {
-            self.rebuild_within(&record.sale.id, REBUILD_PATIENCE).await;
+        if !matches!(self.0.permits.header(&record.sale.id).await, Ok(Some(_)))
+            && let Err(error) = self.rebuild_within(&record.sale.id, REBUILD_PATIENCE).await
+        {
+            // The sale is created all the same; the guard sees to its permits.
+            tracing::warn!(sale = %record.sale.id, %error, "a new sale has no permits yet");
         }
         self.0.signals.changed(&record.sale.id);
         Ok(self.view(&record).await)
@@ -115,11 +118,18 @@ impl Engine {
         Ok((header, self.0.store.standing(id).await?.record))
     }
 
-    /// Rebuilds the permits, and says how they stand when that is done or has taken too long to wait for.
+    /// Rebuilds the permits, and says how they stand then. STOCK_REBUILDING where that takes too long to wait for.
     pub(crate) async fn rebuild_stock(&self, id: &SaleId) -> Result<StockReport> {
         self.0.store.standing(id).await?;
-        self.rebuild_within(id, REBUILD_PATIENCE).await;
-        self.get_stock(id).await
+        self.rebuild_within(id, REBUILD_PATIENCE).await?;
+        let report = self.get_stock(id).await?;
+        match report.state() {
+            PermitState::Rebuilding | PermitState::Unspecified => Err(Error::new(
+                Reason::StockRebuilding,
+                "the rebuild goes on; the stock's report tells when it is done",
+            )),
+            _ => Ok(report),
+        }
     }
 
     /// A sale was changed: this process, the permits and the gateways hear of it. Best effort, the guard repeats it.
