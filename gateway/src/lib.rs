@@ -131,7 +131,7 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let callers = Callers::new(backends.verifier);
     let links =
         Links { stock: backends.stock.clone(), order: backends.order, coordinator: backends.coordinator.clone() };
-    let actions = Actions::new(backends.coordinator.clone(), backends.clock);
+    let actions = Actions::new(callers.clone(), backends.coordinator.clone(), backends.clock);
     let sales = Sales::new(callers.clone(), actions.clone(), backends.stock.clone(), sales_watched, life);
     let orders = Orders::new(callers.clone(), (memory, accepted), orders_watched, links, config.request_timeout, life);
     let operations = Operations::new(callers, actions, backends.coordinator, backends.stock);

@@ -32,6 +32,7 @@ mod shed;
 mod trace;
 
 pub use deadline::Deadline;
+pub use retry::Once;
 
 use self::{
     attempt::Attempt,
@@ -368,6 +369,16 @@ mod tests {
         }
         let retries = attempts.load(Ordering::Relaxed) - CALLS;
         assert!((CALLS / 10..=CALLS / 10 + 10).contains(&retries), "{retries} retries");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_to_be_done_once_is_not_tried_again() {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let down = client(handler(refusing(Reason::DependencyDown, &calls)), ClientConfig::default());
+        let mut once = request(METHOD);
+        once.extensions_mut().insert(Once);
+        assert_eq!(reason_of(down, once).await, Err(Reason::DependencyDown));
+        assert_eq!(calls.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,5 +1,5 @@
-//! The book of what operators do. Every verb of theirs that changes something comes through here: written down before it
-//! is done, and once more how it ended. What cannot be written down is not done.
+//! The book of what operators do. Every verb of theirs that changes something is served here: written down before it is
+//! done, and once more how it ended. What cannot be written down is not done.
 
 use mesh::{chance, clock::Clock, identity::Identity, link::Link};
 use proto::{
@@ -8,12 +8,14 @@ use proto::{
     timestamp,
     v1::{Action, action::Outcome},
 };
+use tonic::{Request, Response, Status};
 
-use super::{handed_on, plain};
+use super::{Callers, answer, handed_on, plain};
 
 /// Keeps the book, which is with the coordinator. Cheap to clone.
 #[derive(Clone)]
 pub struct Actions {
+    callers: Callers,
     coordinator: CoordinatorClient<Link>,
     clock: Clock,
 }
@@ -43,12 +45,30 @@ impl Deed {
 
 impl Actions {
     /// Over this link.
-    pub fn new(coordinator: Link, clock: Clock) -> Self {
-        Self { coordinator: CoordinatorClient::new(coordinator), clock }
+    pub fn new(callers: Callers, coordinator: Link, clock: Clock) -> Self {
+        Self { callers, coordinator: CoordinatorClient::new(coordinator), clock }
     }
 
-    /// Does it, on the record.
-    pub async fn record<T>(
+    /// Serves a verb: an operator's request is checked and named by `deed`, then handed on by `call`, on the record.
+    pub async fn operate<Q, A, F>(
+        &self,
+        request: Request<Q>,
+        deed: impl FnOnce(&mut Q) -> Result<Deed, Error>,
+        call: impl FnOnce(Q) -> F,
+    ) -> Result<Response<A>, Status>
+    where
+        F: Future<Output = Result<Response<A>, Status>>,
+    {
+        let done = async {
+            let operator = self.callers.operator(request.metadata())?;
+            let mut request = request.into_inner();
+            let deed = deed(&mut request)?;
+            self.record(&operator, deed, async { handed_on(call(request).await) }).await
+        };
+        answer(done.await)
+    }
+
+    async fn record<T>(
         &self,
         operator: &Identity,
         deed: Deed,
@@ -86,9 +106,11 @@ impl Actions {
     }
 }
 
-/// A call that failed may have had its effect all the same; one that was answered with a no has not.
+/// A call that failed may have had its effect all the same, and so may one that goes on; one that was answered with a no
+/// has not.
 fn ended<T>(done: &Result<T, Error>) -> (Outcome, String) {
     let Err(error) = done else { return (Outcome::Done, String::new()) };
-    let is_no = error.reason.is_answer() && !matches!(error.reason, Reason::DeadlineExceeded | Reason::Overloaded);
+    let goes_on = matches!(error.reason, Reason::DeadlineExceeded | Reason::Overloaded | Reason::StockRebuilding);
+    let is_no = error.reason.is_answer() && !goes_on;
     (if is_no { Outcome::Refused } else { Outcome::Begun }, error.reason.as_str_name().to_owned())
 }

@@ -1,7 +1,8 @@
 //! The operators' rpcs: who asks is checked here, everything else where the saga or the ledger is.
 
-use mesh::link::Link;
+use mesh::{layers::Once, link::Link};
 use proto::{
+    Error, OrderId,
     internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
     v1::{
         AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest, ListActionsRequest,
@@ -32,6 +33,20 @@ impl Operations {
     pub fn new(callers: Callers, actions: Actions, coordinator: Link, stock: Link) -> Self {
         Self { callers, actions, coordinator: CoordinatorClient::new(coordinator), stock: StockClient::new(stock) }
     }
+}
+
+/// A saga's id in its bare form: it is booked by one name, however it was spelled. What is no id is no saga's.
+fn saga(name: &str) -> Result<String, Error> {
+    given("saga", name)?;
+    let id = name.strip_prefix("sagas/").unwrap_or(name);
+    OrderId::parse("saga", id).map(|id| id.to_string()).map_err(|_| Error::not_found("saga"))
+}
+
+/// A call that is not idempotent: a second one would be refused for what the first has done, and booked as not done.
+fn once<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.extensions_mut().insert(Once);
+    request
 }
 
 #[tonic::async_trait]
@@ -75,32 +90,32 @@ impl operations_server::Operations for Operations {
     }
 
     async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let request = request.into_inner();
-                given("saga", &request.saga)?;
-                let deed = Deed::new("RetrySaga", "sagas", &request.saga, &request.reason)?;
-                let work = async { handed_on(self.coordinator.clone().retry_saga(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut coordinator = self.coordinator.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.saga = saga(&request.saga)?;
+                    Deed::new("RetrySaga", "sagas", &request.saga, &request.reason)
+                },
+                async move |request| coordinator.retry_saga(once(request)).await,
+            )
+            .await
     }
 
     async fn abandon_saga(&self, request: Request<AbandonSagaRequest>) -> Result<Response<Saga>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let request = request.into_inner();
-                given("saga", &request.saga)?;
-                given("reason", &request.reason)?;
-                let deed = Deed::new("AbandonSaga", "sagas", &request.saga, &request.reason)?;
-                let work = async { handed_on(self.coordinator.clone().abandon_saga(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut coordinator = self.coordinator.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.saga = saga(&request.saga)?;
+                    given("reason", &request.reason)?;
+                    Deed::new("AbandonSaga", "sagas", &request.saga, &request.reason)
+                },
+                async move |request| coordinator.abandon_saga(once(request)).await,
+            )
+            .await
     }
 
     async fn list_dead_letters(
@@ -135,31 +150,31 @@ impl operations_server::Operations for Operations {
         &self,
         request: Request<RedriveDeadLetterRequest>,
     ) -> Result<Response<DeadLetter>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let request = request.into_inner();
-                given("dead_letter", &request.dead_letter)?;
-                let deed = Deed::new("RedriveDeadLetter", "deadLetters", &request.dead_letter, &request.reason)?;
-                let work = async { handed_on(self.coordinator.clone().redrive_dead_letter(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut coordinator = self.coordinator.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    given("dead_letter", &request.dead_letter)?;
+                    Deed::new("RedriveDeadLetter", "deadLetters", &request.dead_letter, &request.reason)
+                },
+                async move |request| coordinator.redrive_dead_letter(once(request)).await,
+            )
+            .await
     }
 
     async fn rebuild_stock(&self, request: Request<RebuildStockRequest>) -> Result<Response<StockReport>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.sale = sale(&request.sale)?;
-                let deed = Deed::new("RebuildStock", "sales", &request.sale, &request.reason)?;
-                let work = async { handed_on(self.stock.clone().rebuild_stock(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.sale = sale(&request.sale)?;
+                    Deed::new("RebuildStock", "sales", &request.sale, &request.reason)
+                },
+                async move |request| stock.rebuild_stock(request).await,
+            )
+            .await
     }
 
     async fn reconcile_stock(

@@ -164,21 +164,22 @@ impl sales_server::Sales for Sales {
     type WatchSaleStream = SaleStream;
 
     async fn create_sale(&self, request: Request<CreateSaleRequest>) -> Result<Response<Sale>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.request_id = once(request.request_id);
-                if !request.sale_id.is_empty() {
-                    SaleId::parse("sale_id", &request.sale_id)?;
-                }
-                let deed =
-                    Deed::new("CreateSale", "sales", &request.sale_id, "")?.with(format!("stock {}", request.stock));
-                let work = async { handed_on(self.stock.clone().create_sale(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    once(&mut request.request_id);
+                    // Named here where nobody named it, so that the book has its name.
+                    let id = match request.sale_id.as_str() {
+                        "" => SaleId::generate(&RequestId::parse("request_id", &request.request_id)?),
+                        id => SaleId::parse("sale_id", id)?,
+                    };
+                    Ok(Deed::new("CreateSale", "sales", id.as_str(), "")?.with(format!("stock {}", request.stock)))
+                },
+                async move |request| stock.create_sale(request).await,
+            )
+            .await
     }
 
     async fn get_sale(&self, request: Request<GetSaleRequest>) -> Result<Response<Sale>, Status> {
@@ -204,64 +205,64 @@ impl sales_server::Sales for Sales {
     }
 
     async fn open_sale(&self, request: Request<OpenSaleRequest>) -> Result<Response<Sale>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.sale = sale(&request.sale)?;
-                let deed = Deed::new("OpenSale", "sales", &request.sale, &request.reason)?;
-                let work = async { handed_on(self.stock.clone().open_sale(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.sale = sale(&request.sale)?;
+                    Deed::new("OpenSale", "sales", &request.sale, &request.reason)
+                },
+                async move |request| stock.open_sale(request).await,
+            )
+            .await
     }
 
     async fn pause_sale(&self, request: Request<PauseSaleRequest>) -> Result<Response<Sale>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.sale = sale(&request.sale)?;
-                let deed = Deed::new("PauseSale", "sales", &request.sale, &request.reason)?;
-                let work = async { handed_on(self.stock.clone().pause_sale(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.sale = sale(&request.sale)?;
+                    Deed::new("PauseSale", "sales", &request.sale, &request.reason)
+                },
+                async move |request| stock.pause_sale(request).await,
+            )
+            .await
     }
 
     async fn close_sale(&self, request: Request<CloseSaleRequest>) -> Result<Response<Sale>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.sale = sale(&request.sale)?;
-                let deed = Deed::new("CloseSale", "sales", &request.sale, &request.reason)?;
-                let work = async { handed_on(self.stock.clone().close_sale(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.sale = sale(&request.sale)?;
+                    Deed::new("CloseSale", "sales", &request.sale, &request.reason)
+                },
+                async move |request| stock.close_sale(request).await,
+            )
+            .await
     }
 
     async fn adjust_stock(&self, request: Request<AdjustStockRequest>) -> Result<Response<StockReport>, Status> {
-        answer(
-            async {
-                let operator = self.callers.operator(request.metadata())?;
-                let mut request = request.into_inner();
-                request.sale = sale(&request.sale)?;
-                request.request_id = once(request.request_id);
-                if request.delta == 0 {
-                    return Err(Error::invalid("delta", "must not be zero"));
-                }
-                let deed = Deed::new("AdjustStock", "sales", &request.sale, &request.reason)?;
-                let deed = deed.with(format!("delta {:+}", request.delta));
-                let work = async { handed_on(self.stock.clone().adjust_stock(request).await) };
-                self.actions.record(&operator, deed, work).await
-            }
-            .await,
-        )
+        let mut stock = self.stock.clone();
+        self.actions
+            .operate(
+                request,
+                |request| {
+                    request.sale = sale(&request.sale)?;
+                    once(&mut request.request_id);
+                    if request.delta == 0 {
+                        return Err(Error::invalid("delta", "must not be zero"));
+                    }
+                    let deed = Deed::new("AdjustStock", "sales", &request.sale, &request.reason)?;
+                    Ok(deed.with(format!("delta {:+}", request.delta)))
+                },
+                async move |request| stock.adjust_stock(request).await,
+            )
+            .await
     }
 
     async fn get_stock(&self, request: Request<GetStockRequest>) -> Result<Response<StockReport>, Status> {
@@ -281,6 +282,8 @@ impl sales_server::Sales for Sales {
 }
 
 /// The operator's request_id, or one for this call alone: our own retries of it are one request either way.
-fn once(request_id: String) -> String {
-    if request_id.is_empty() { RequestId::random().to_string() } else { request_id }
+fn once(request_id: &mut String) {
+    if request_id.is_empty() {
+        *request_id = RequestId::random().to_string();
+    }
 }

@@ -105,7 +105,7 @@ async fn what_operators_write_and_look_for_is_plain_text() {
     }
     let long = format!(r#"{{"reason":"{}"}}"#, "y".repeat(257));
     for (path, body, field) in [
-        ("/v1/ops/sagas/1:retry", r#"{"reason":"a\u0000b"}"#, "reason"),
+        ("/v1/ops/sagas/f47ac10b58cc4372a5670e02b2c3d479:retry", r#"{"reason":"a\u0000b"}"#, "reason"),
         ("/v1/ops/sagas/%00:retry", "{}", "saga"),
         ("/v1/sales/spring:pause", r#"{"reason":"a\u0000b"}"#, "reason"),
         ("/v1/sales/spring:pause", &long, "reason"),

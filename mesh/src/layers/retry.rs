@@ -1,8 +1,8 @@
 //! Retries of a call that was refused for a moment, or whose transport failed, within a budget (E49).
 //!
-//! Safe for every rpc between our services: each is idempotent by the ids in it (I10). What makes retries dangerous is
-//! their sum, when everything fails at once: hence a budget per link, jitter on every wait, and obedience to
-//! `grpc-retry-pushback-ms`.
+//! Safe for the rpcs between our services that are idempotent by the ids in them (I10): all but the few that are marked
+//! [`Once`]. What makes retries dangerous is their sum, when everything fails at once: hence a budget per link, jitter on
+//! every wait, and obedience to `grpc-retry-pushback-ms`.
 
 use std::{
     convert::Infallible,
@@ -30,6 +30,11 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_BACKOFF: Duration = Duration::from_millis(500);
 /// A server that wants longer is better answered for: the caller knows whether it is worth waiting.
 const MAX_PUSHBACK: Duration = Duration::from_secs(1);
+
+/// In the extensions of a request: it is sent once, and what became of it when its answer is lost is not known. For what a
+/// second time is not a repetition: it would be refused because the first was done.
+#[derive(Clone, Copy, Debug)]
+pub struct Once;
 
 /// A bucket of retries: every call adds a tenth, every retry takes one.
 #[derive(Debug)]
@@ -95,6 +100,7 @@ where
         budget.note_call();
         Box::pin(async move {
             let (parts, body) = request.into_parts();
+            let attempts = if parts.extensions.get::<Once>().is_some() { 1 } else { attempts };
             // Whole, so that it can be sent again. Our requests are single messages; none is streamed.
             let body = match body.collect().await {
                 Ok(collected) => collected.to_bytes(),
