@@ -70,6 +70,13 @@ pub struct Row {
     pub update_at: i64,
 }
 
+impl Row {
+    /// Whose turn it was when this was read.
+    pub fn turn(&self) -> Turn {
+        Turn { version: self.version, attempts: self.attempts, next_attempt_at: self.next_attempt_at }
+    }
+}
+
 /// What an event or a step found out, to be recorded with the transition.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Patch {
@@ -157,13 +164,25 @@ pub type Verdict = std::result::Result<Row, Rejected>;
 /// leave it. Pure, since a transaction may begin again.
 pub type Decide = Arc<dyn Fn(usize, &Row) -> Option<(Row, Entry)> + Send + Sync>;
 
+/// Whose turn it is with a saga. Whoever has changed it since has the saga now: an operator who put it back to work, a
+/// replica that leased it, whoever made a transition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Turn {
+    /// See [`Row`].
+    pub version: i64,
+    /// See [`Row`].
+    pub attempts: i32,
+    /// See [`Row`].
+    pub next_attempt_at: Option<i64>,
+}
+
 /// A saga whose work did not come to an end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Postponed {
     /// Which.
     pub saga_id: OrderId,
-    /// Only if it still has this version.
-    pub version: i64,
+    /// Only if it is still this turn.
+    pub turn: Turn,
     /// See [`Row`].
     pub attempts: i32,
     /// See [`Row`].
@@ -227,7 +246,7 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Changes sagas: one verdict per id, in order. An id may come twice; the second sees what the first left.
     async fn change(&self, ids: Vec<OrderId>, decide: Decide) -> Result<Vec<Verdict>>;
 
-    /// Notes when to try again. No transition, no entry.
+    /// Notes when to try again, where it is still the turn of whoever tried. No transition, no entry.
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()>;
 
     /// Takes up to `limit` sagas whose turn it is, longest due first, and leases them to the caller until `until`.

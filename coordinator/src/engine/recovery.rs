@@ -48,7 +48,7 @@ pub fn postpone(row: &Row, retry: &Retry, error: String, now: i64) -> Postponed 
     let again = !stuck || retry.goes_on;
     Postponed {
         saga_id: row.saga_id,
-        version: row.version,
+        turn: row.turn(),
         attempts,
         next_attempt_at: again.then(|| now.saturating_add(retry.delay(attempts).as_millis() as i64)),
         stuck,

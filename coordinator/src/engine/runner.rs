@@ -308,7 +308,7 @@ impl<S: Saga> Engine<S> {
         let resting = rows
             .map(|row| Postponed {
                 saga_id: row.saga_id,
-                version: row.version,
+                turn: row.turn(),
                 attempts: 0,
                 next_attempt_at: None,
                 stuck: false,

@@ -16,7 +16,7 @@ use sea_orm::{
     sea_query::{Alias, ExprTrait, LockBehavior, LockType, OnConflict, Query, SelectStatement, Value},
 };
 
-use super::{Action, Decide, Entry, Filter, Postponed, Rejected, Row, Store, Verdict, Which};
+use super::{Action, Decide, Entry, Filter, Postponed, Rejected, Row, Store, Turn, Verdict, Which};
 
 /// What fits the columns for people.
 const TEXT_LIMIT: usize = 500;
@@ -405,12 +405,16 @@ impl Store for SqlStore {
 
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()> {
         // Sagas that failed together mostly failed alike: one statement for each way.
-        let mut alike: HashMap<(i64, i32, Option<i64>, bool, String), Vec<OrderId>> = HashMap::new();
+        let mut alike: HashMap<(Turn, i32, Option<i64>, bool, String), Vec<OrderId>> = HashMap::new();
         for p in postponed {
-            let way = (p.version, p.attempts, p.next_attempt_at, p.stuck, p.last_error);
+            let way = (p.turn, p.attempts, p.next_attempt_at, p.stuck, p.last_error);
             alike.entry(way).or_default().push(p.saga_id);
         }
-        for ((version, attempts, next_attempt_at, stuck, last_error), ids) in alike {
+        for ((turn, attempts, next_attempt_at, stuck, last_error), ids) in alike {
+            let due = match turn.next_attempt_at {
+                Some(at) => Expr::col(Col::NextAttemptAt).eq(at),
+                None => Expr::col(Col::NextAttemptAt).is_null(),
+            };
             for chunk in sql::key_chunks(&ids) {
                 let update = Query::update()
                     .table(Col::Table)
@@ -419,7 +423,9 @@ impl Store for SqlStore {
                     .value(Col::Stuck, stuck)
                     .value(Col::LastError, clipped(&last_error))
                     .and_where(Expr::col(Col::SagaId).is_in(texts(&chunk)))
-                    .and_where(Expr::col(Col::Version).eq(version))
+                    .and_where(Expr::col(Col::Version).eq(turn.version))
+                    .and_where(Expr::col(Col::Attempts).eq(turn.attempts))
+                    .and_where(due.clone())
                     .to_owned();
                 self.db.execute(&update).await.map_err(sql::fault)?;
             }

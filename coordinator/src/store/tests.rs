@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proto::{BuyerId, Money, OrderId, Reason, RequestId, SaleId, v1::action::Outcome};
 
 use super::{
-    Action, Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, Which, sql::SqlStore,
+    Action, Decide, Entry, Filter, Patch, Payment, Postponed, Rejected, Row, SharedStore, Turn, Which, sql::SqlStore,
 };
 
 /// A saga as the funnel writes it.
@@ -214,31 +214,50 @@ async fn sagas_of_another_kind_are_not_taken_for_ours_though_a_state_has_the_sam
 }
 
 #[tokio::test]
-async fn a_postponement_counts_only_for_the_version_it_is_about() {
+async fn a_postponement_counts_only_where_it_is_still_its_makers_turn() {
     on_each(async |store, kind| {
         let row = new_row(new_id());
         insert(&store, std::slice::from_ref(&row)).await;
-        let later = |version| Postponed {
+        let later = |turn| Postponed {
             saga_id: row.saga_id,
-            version,
+            turn,
             attempts: 7,
             next_attempt_at: Some(9_000),
             stuck: true,
             last_error: "ü".repeat(3_000),
         };
-        store.postpone(vec![later(2)]).await.unwrap();
-        assert_eq!(load(&store, row.saga_id).await, row, "{kind}");
-        store.postpone(vec![later(1)]).await.unwrap();
+        let others = [
+            Turn { version: 2, ..row.turn() },
+            Turn { attempts: row.attempts + 1, ..row.turn() },
+            Turn { next_attempt_at: Some(8_000), ..row.turn() },
+            Turn { next_attempt_at: None, ..row.turn() },
+        ];
+        for another in others.into_iter().filter(|turn| *turn != row.turn()) {
+            store.postpone(vec![later(another)]).await.unwrap();
+            assert_eq!(load(&store, row.saga_id).await, row, "{kind}: {another:?}");
+        }
+        store.postpone(vec![later(row.turn())]).await.unwrap();
         let after = load(&store, row.saga_id).await;
         assert_eq!((after.attempts, after.next_attempt_at, after.stuck, after.version), (7, Some(9_000), true, 1));
         assert_eq!(after.last_error.chars().count(), 500, "{kind}");
         assert_eq!(store.count_stuck().await.unwrap(), 1, "{kind}");
         let listed = store.list(&Filter::Stuck, "", 10).await.unwrap();
+        let listed_turn = after.turn();
         assert_eq!(listed, [after], "{kind}");
         assert!(store.retry(row.saga_id, 4_000).await.unwrap(), "{kind}");
         assert!(!store.retry(row.saga_id, 4_000).await.unwrap(), "{kind}");
         let after = load(&store, row.saga_id).await;
         assert_eq!((after.attempts, after.next_attempt_at, after.stuck), (0, Some(4_000), false), "{kind}");
+        // The attempt that was under way when the operator came does not undo it.
+        store.postpone(vec![later(listed_turn)]).await.unwrap();
+        assert_eq!(load(&store, row.saga_id).await, after, "{kind}");
+        // Resting sagas have no time.
+        let resting = Postponed { next_attempt_at: None, stuck: false, ..later(after.turn()) };
+        store.postpone(vec![resting]).await.unwrap();
+        let rested = load(&store, row.saga_id).await;
+        assert_eq!((rested.attempts, rested.next_attempt_at), (7, None), "{kind}");
+        store.postpone(vec![later(rested.turn())]).await.unwrap();
+        assert_eq!(load(&store, row.saga_id).await.next_attempt_at, Some(9_000), "{kind}");
     })
     .await;
 }
