@@ -957,6 +957,11 @@ impl Order {
                     if book.voided {
                         says(self, payment::Event::Cancelled, "cancelled", true, state);
                     }
+                    if state.rest.contradictions > 0 {
+                        let mut from = state;
+                        from.rest.contradictions -= 1;
+                        says(self, payment::Event::Refunded, "refunded, unasked", false, from);
+                    }
                 }
                 PaymentState::RefundPending => says(self, payment::Event::Refunded, "refunded", true, state),
                 PaymentState::Declined | PaymentState::Cancelled if state.rest.contradictions > 0 => {
@@ -1004,7 +1009,9 @@ impl Order {
         let record = self.records.get(state.record).as_ref().map(|record| record.state);
         let book = self.moneys.get(state.money);
         let kept = book.charges.iter().filter(|c| c.state == PaymentState::Captured).count();
-        let returned = book.charges.iter().filter(|c| c.state == PaymentState::Refunded && !c.surplus).count();
+        // Not what the provider returned before it ever told us that it had it.
+        let ours = |c: &&payment::Charge| c.reference.is_some() && !c.surplus;
+        let returned = book.charges.iter().filter(ours).filter(|c| c.state == PaymentState::Refunded).count();
         let stock = self.stocks.get(state.stock);
         let ours = stock.holds.iter().filter(|(id, _)| **id != self.rival);
         let units = |state| ours.clone().filter(|(_, hold)| hold.state == state).count();
@@ -1041,7 +1048,7 @@ const HEARD: [PaymentState; 4] =
     [PaymentState::Captured, PaymentState::Declined, PaymentState::Cancelled, PaymentState::Refunded];
 
 fn captured() -> payment::Event {
-    payment::Event::Captured { reference: None }
+    payment::Event::Captured { reference: Some("taken".to_owned()) }
 }
 
 fn declined() -> payment::Event {

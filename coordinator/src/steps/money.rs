@@ -109,9 +109,14 @@ pub fn read_charge(row: &Row, now: i64, status: &PaymentStatus) -> Outcome<Event
             let patch = Patch { decline_code: Some(decline_code(status)), ..Patch::default() };
             Outcome::Refused(declined(row, now), patch)
         }
-        PaymentState::Pending | PaymentState::Unspecified => Outcome::InProgress,
-        PaymentState::RefundPending | PaymentState::Refunded => {
-            Outcome::Unknown(proto::Error::internal("refunded while it was being paid"))
+        // By the provider itself: nobody of us refunds what is being paid. Nothing else can pay this order any more, so it
+        // is over as soon as its time is.
+        PaymentState::Refunded if now >= row.expire_at => Outcome::Refused(
+            Event::DeclinedLate,
+            Patch { decline_code: Some("refunded".to_owned()), ..Patch::default() },
+        ),
+        PaymentState::Pending | PaymentState::Unspecified | PaymentState::RefundPending | PaymentState::Refunded => {
+            Outcome::InProgress
         }
     }
 }
