@@ -5,7 +5,7 @@
 //! (`--at-rest`) nothing may be under way, and more is demanded: every order terminal, every permit back.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     fmt,
     time::Duration,
 };
@@ -15,7 +15,11 @@ use mesh::{bus::SharedBus, clock::Clock, lifecycle::Lifecycle};
 use migrations::Service;
 use proto::{SaleId, internal::PaymentState, subjects, v1::OrderState};
 use sea_orm::{ConnectionTrait, DatabaseConnection, QueryResult, Statement};
-use stock_svc::{domain::permits::Phase, permits::SharedPermits};
+use stock_svc::{
+    domain::permits::Phase,
+    permits::SharedPermits,
+    store::{Store, sql::SqlStore},
+};
 
 use crate::{
     assembly::Mesh,
@@ -281,12 +285,20 @@ impl Audit {
             report.not_checked.push("permits, I2 (embedded: they live in the mesh's process)");
             return Ok(());
         };
+        let live = SqlStore::new(self.stock.clone()).live_sales(self.clock.now_ms()).await?;
+        let live: HashSet<String> = live.iter().map(|record| record.sale.id.to_string()).collect();
         for (sale, ledger) in ledgers {
-            let Some(header) = permits.header(&SaleId::parse("sale", sale)?).await? else { continue };
-            // Of another epoch, or being rebuilt: what it offers cannot be locked, or it offers nothing.
-            if header.epoch != ledger.epoch || header.phase != Phase::Open {
+            let header = permits.header(&SaleId::parse("sale", sale)?).await?;
+            let current = header.filter(|header| header.epoch == ledger.epoch && header.phase == Phase::Open);
+            // Lost, of another epoch, or being rebuilt: what they offer cannot be locked, or they offer nothing. That is
+            // safe, but no state to rest in.
+            let Some(header) = current else {
+                if at_rest && live.contains(sale) {
+                    report
+                        .broken("I2", format!("sale {sale} at rest: its permits are not open, fence {}", ledger.epoch));
+                }
                 continue;
-            }
+            };
             let (free, granted, Ledger { available, persisted, .. }) = (header.free, header.granted, ledger);
             let unpersisted = granted - persisted;
             if free + unpersisted > *available {
