@@ -44,6 +44,12 @@ pub struct DoorArgs {
     /// The key that tokens are signed with; the data dir's where none is given.
     #[arg(long, global = true, env = "SECKILL_AUTH_HS256_SECRET", hide_env_values = true, value_name = "SECRET")]
     pub auth_hs256_secret: Option<Secret>,
+    /// The issuer (`iss`) of a minted token, where the gateway demands one.
+    #[arg(long, global = true, env = "SECKILL_AUTH_ISSUER", value_name = "ISSUER")]
+    pub auth_issuer: Option<String>,
+    /// Whom a minted token is for (`aud`), where the gateway demands it.
+    #[arg(long, global = true, env = "SECKILL_AUTH_AUDIENCE", value_name = "AUDIENCE")]
+    pub auth_audience: Option<String>,
 }
 
 /// How answers are printed.
@@ -89,12 +95,21 @@ impl Interceptor for Bearer {
 }
 
 impl DoorArgs {
+    /// What a token is minted by, as the gateway demands it.
+    fn auth(&self) -> AuthArgs {
+        AuthArgs {
+            auth_hs256_secret: self.auth_hs256_secret.clone(),
+            auth_jwks: None,
+            auth_issuer: self.auth_issuer.clone(),
+            auth_audience: self.auth_audience.clone(),
+        }
+    }
+
     async fn open(&self) -> anyhow::Result<Door> {
         let token = match &self.token {
             Some(token) => token.clone(),
             None => {
-                let auth = AuthArgs { auth_hs256_secret: self.auth_hs256_secret.clone(), ..Default::default() };
-                let minter = tools::minter(&auth, &self.data_dir)?;
+                let minter = tools::minter(&self.auth(), &self.data_dir)?;
                 tools::mint(&minter, &self.operator, "operator", Duration::from_secs(60))?
             }
         };
@@ -166,7 +181,29 @@ fn time(time: Option<&prost_types::Timestamp>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+
+    #[derive(Parser)]
+    struct Verb {
+        #[command(flatten)]
+        door: DoorArgs,
+    }
+
+    /// A gateway that takes only tokens of one issuer, for one audience, takes the verbs' own.
+    #[tokio::test]
+    async fn a_minted_token_is_as_the_gateway_demands_it() {
+        let demanded = "--auth-hs256-secret=0123456789abcdef0123456789abcdef --auth-issuer=shop --auth-audience=mesh";
+        let auth = |flags: &str| Verb::parse_from(std::iter::once("verb").chain(flags.split(' '))).door.auth();
+        let verifier = auth(demanded).load().unwrap().verifier(mesh::clock::Clock::system()).await.unwrap();
+        let minted = |flags: &str| {
+            let minter = tools::minter(&auth(flags), std::path::Path::new("")).unwrap();
+            format!("Bearer {}", tools::mint(&minter, "olga", "operator", Duration::from_secs(60)).unwrap())
+        };
+        assert!(verifier.verify(&minted(demanded)).is_ok());
+        assert!(verifier.verify(&minted(demanded.rsplit_once(' ').unwrap().0)).is_err(), "without an audience");
+    }
 
     #[test]
     fn columns_are_as_wide_as_what_is_in_them() {
