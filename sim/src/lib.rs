@@ -38,6 +38,8 @@ use world::World;
 
 /// How long after the storm everything must have come to its end.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than anything that was sent before is on its way.
+const STRAGGLERS: Duration = Duration::from_secs(5);
 /// How often that is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -108,10 +110,17 @@ async fn simulate(seed: u64, detailed: bool) -> anyhow::Result<Outcome> {
             broken.push("somebody still waits, long after all is calm".to_owned());
         }
     }
+    let mut settled_before = false;
     loop {
         let unsettled = check::check(&world, &told);
-        if unsettled.is_empty() {
+        if unsettled.is_empty() && settled_before {
             break;
+        }
+        // Once more, when the last doubled call and the last late word of the bank have come.
+        settled_before = unsettled.is_empty();
+        if settled_before {
+            sleep(STRAGGLERS).await;
+            continue;
         }
         if calm.elapsed() > PATIENCE {
             broken.extend(unsettled);

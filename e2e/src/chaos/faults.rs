@@ -24,6 +24,8 @@ use super::{
     servers::Server,
 };
 
+/// How long the calls of a replica are on their way before it is stopped in the middle of them.
+const MID_STEP: Duration = Duration::from_millis(200);
 /// How long a paused process sleeps: longer than every lease and lock of its peers that it may hold.
 const PAUSE: Duration = Duration::from_secs(10);
 /// The mesh accepts and locks again within this, whatever it was that was lifted.
@@ -244,10 +246,21 @@ impl Chaos {
         }
     }
 
+    /// Stops a replica that has work in hand: what it called for is still on slow wires then, and is answered while it
+    /// stands still.
     async fn zombie(&mut self, role: Role) -> Result<Injected> {
         let all: Vec<_> = self.fleet.of(role).collect();
         let one = *all.choose(&mut self.rng).context("a role has replicas")?;
+        let wires: Vec<End> =
+            self.fleet.pairs().into_iter().filter(|(from, _)| *from == one).map(|(_, to)| to).collect();
+        for &to in &wires {
+            self.fleet.set(one, to, proxy::Fault::Delay(MID_STEP));
+        }
+        sleep(2 * MID_STEP).await;
         self.fleet.signal(one, Signal::SIGSTOP)?;
+        for &to in &wires {
+            self.fleet.set(one, to, proxy::Fault::None);
+        }
         sleep(PAUSE).await;
         self.fleet.signal(one, Signal::SIGCONT)?;
         let detail = self.name(Victim::Replica(one));
@@ -285,6 +298,11 @@ impl Chaos {
             async move { load.hold(&format!("{sale}-{buyer}"), &sale).await }
         });
         let orders: Vec<String> = join_all(buyers).await.into_iter().flatten().collect();
+        let states = join_all(orders.iter().map(|order| self.load.state(order))).await;
+        let awaiting = states.iter().flatten().filter(|state| *state == "AWAITING_PAYMENT").count();
+        if awaiting < BUYERS {
+            self.load.violation(format!("E18: {awaiting} of {BUYERS} orders await payment when NATS goes"));
+        }
         self.keeper.kill(Server::Nats).await?;
         let due = Instant::now() + WINDOW;
         sleep(WINDOW).await;
