@@ -44,6 +44,8 @@ pub struct Route {
     pub has_body: bool,
     /// Whether it answers 202 as long as what it made is only accepted.
     pub accepts: bool,
+    /// Whether it answers an order.
+    pub answers_order: bool,
     /// The field that the `Idempotency-Key` header fills, where there is one.
     pub request_id: Option<FieldDescriptor>,
     segments: Vec<Segment>,
@@ -151,6 +153,7 @@ impl Route {
             has_body: !body.is_empty(),
             accepts: rpc.full_name() == "seckill.v1.Orders.PlaceOrder",
             request_id: input.get_field_by_name("request_id"),
+            answers_order: rpc.output().full_name() == "seckill.v1.Order" && !rpc.is_server_streaming(),
             output: rpc.output(),
             template: template.into(),
             method,

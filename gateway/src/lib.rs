@@ -14,7 +14,7 @@
 
 #![deny(missing_docs)]
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
 use axum::{
@@ -24,6 +24,7 @@ use axum::{
     routing,
 };
 use http::{HeaderValue, Method, header};
+use http_body_util::Full;
 use mesh::{
     bus::SharedBus,
     clock::Clock,
@@ -34,11 +35,12 @@ use mesh::{
 };
 use prost::Message;
 use proto::{
-    OrderId,
+    Error, OrderId, Reason,
     internal::{OrdersChanged, SaleChanged},
     subjects::{ORDERS_CHANGED, SALES_CHANGED},
     v1::{operations_server::OperationsServer, orders_server::OrdersServer, sales_server::SalesServer},
 };
+use tokio::time::timeout;
 use tonic::service::Routes;
 use tower::ServiceExt;
 
@@ -49,6 +51,7 @@ mod failure;
 mod front;
 pub mod json;
 mod openapi;
+mod quick;
 mod service;
 mod soldout;
 mod transcode;
@@ -64,12 +67,15 @@ use service::{
     Callers,
     actions::Actions,
     operations::Operations,
-    orders::{LONGEST_WAIT, Links, OrderWatchers, Orders},
+    orders::{Desk, LONGEST_WAIT, Links, OrderWatchers, Orders},
     sales::{SaleWatchers, Sales},
 };
 use soldout::SoldOut;
 use transcode::Transcoder;
 use watch::{Registry, Signal};
+
+/// The rpc that everybody calls at once.
+const PLACE_ORDER: &str = "/seckill.v1.Orders/PlaceOrder";
 
 /// Bytes of one request, at most: an order is some two hundred.
 const MAX_BODY: usize = 64 * 1024;
@@ -107,6 +113,9 @@ type Public = layers::Server<Front>;
 struct Door {
     json: Arc<Transcoder<Public>>,
     public: Public,
+    desk: Desk,
+    /// How long a request's body may take to come.
+    patience: Duration,
     /// Health and reflection.
     tools: Routes,
 }
@@ -133,7 +142,9 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
         Links { stock: backends.stock.clone(), order: backends.order, coordinator: backends.coordinator.clone() };
     let actions = Actions::new(callers.clone(), backends.coordinator.clone(), backends.clock);
     let sales = Sales::new(callers.clone(), actions.clone(), backends.stock.clone(), sales_watched, life);
-    let orders = Orders::new(callers.clone(), (memory, accepted), orders_watched, links, config.request_timeout, life);
+    let desk = Desk::new(callers.clone(), memory);
+    let orders =
+        Orders::new(callers.clone(), (desk.clone(), accepted), orders_watched, links, config.request_timeout, life);
     let operations = Operations::new(callers, actions, backends.coordinator, backends.stock);
     let rpcs = Routes::new(SalesServer::new(sales).max_decoding_message_size(MAX_BODY))
         .add_service(OrdersServer::new(orders).max_decoding_message_size(MAX_BODY))
@@ -143,8 +154,8 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let limits =
         ServerConfig { max_in_flight: config.max_in_flight, max_timeout: config.request_timeout + LONGEST_WAIT };
     let public = layers::server(Front::new(rpcs, config.request_timeout), limits);
-    let json = Arc::new(Transcoder::new(contract, public.clone(), config.request_timeout));
-    let door = Door { json, public, tools: tools(life).await? };
+    let json = Arc::new(Transcoder::new(contract, public.clone(), desk.clone(), config.request_timeout));
+    let door = Door { json, public, desk, patience: config.request_timeout, tools: tools(life).await? };
 
     let document = axum::body::Bytes::from(document);
     let serve_document = move || {
@@ -165,12 +176,31 @@ async fn enter(State(door): State<Door>, request: Request) -> Response {
     if !kind.starts_with(b"application/grpc") {
         return door.json.answer(request).await;
     }
-    let answered = if request.uri().path().starts_with("/seckill.v1.") {
+    let answered = if request.uri().path() == PLACE_ORDER {
+        match door.looked_at(request).await {
+            Ok(request) => door.public.oneshot(request).await,
+            Err(error) => Ok(tonic::Status::from(error).into_http()),
+        }
+    } else if request.uri().path().starts_with("/seckill.v1.") {
         door.public.oneshot(request.map(tonic::body::Body::new)).await
     } else {
         door.tools.oneshot(request).await
     };
     answered.unwrap_or_else(|never| match never {}).map(axum::body::Body::new)
+}
+
+impl Door {
+    /// A wish to buy that is not surely in vain, on its way to its rpc.
+    async fn looked_at(&self, request: Request) -> Result<http::Request<tonic::body::Body>, Error> {
+        let (mut parts, body) = request.into_parts();
+        let late = |_| Error::new(Reason::DeadlineExceeded, "the message took too long");
+        let frame = timeout(self.patience, transcode::read_any(&parts.headers, body)).await.map_err(late)??;
+        if let Some(wish) = quick::read_frame(&frame) {
+            let caller = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?;
+            parts.extensions.insert(caller);
+        }
+        Ok(http::Request::from_parts(parts, tonic::body::Body::new(Full::new(frame))))
+    }
 }
 
 async fn only_get() -> Response {

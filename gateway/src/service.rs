@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use http::HeaderValue;
 use mesh::identity::{Identity, Verifier};
 use proto::{BuyerId, Error, Reason, SaleId};
 use tonic::{Response, Status, metadata::MetadataMap};
@@ -21,7 +22,7 @@ const USUAL_PAGE: i32 = 50;
 const LONGEST_TEXT: usize = 256;
 
 /// Tells who calls.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Callers(Arc<Verifier>);
 
 impl Callers {
@@ -34,6 +35,11 @@ impl Callers {
     fn known(&self, metadata: &MetadataMap) -> Result<Identity, Error> {
         let authorization = metadata.get("authorization").and_then(|value| value.to_str().ok());
         self.0.verify(authorization.unwrap_or_default())
+    }
+
+    /// The same, by the header.
+    fn named(&self, authorization: Option<&HeaderValue>) -> Result<Identity, Error> {
+        self.0.verify(authorization.and_then(|value| value.to_str().ok()).unwrap_or_default())
     }
 
     /// Anyone. Who brings a token wants to be known by it, so a bad one is refused even here.

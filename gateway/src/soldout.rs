@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use metrics::Counter;
 use proto::{
     BuyerId, Error, Reason, SaleId,
     filter::Filter,
@@ -49,6 +50,8 @@ struct Verdict {
     reason: Reason,
     /// Who must be asked about properly.
     buyers: Filter,
+    /// Counts who was told so.
+    told: Counter,
 }
 
 impl SoldOut {
@@ -61,7 +64,10 @@ impl SoldOut {
             (_, Availability::AllHeld) => (Some(Reason::AllHeld), ALL_HELD_FOR),
             _ => (None, SOLD_OUT_FOR),
         };
-        let verdict = reason.map(|reason| Verdict { reason, buyers: Filter::from_bytes(&changed.buyers) });
+        let verdict = reason.map(|reason| {
+            let told = metrics::counter!("seckill_refused_from_memory_total", "reason" => reason.as_str_name());
+            Verdict { reason, buyers: Filter::from_bytes(&changed.buyers), told }
+        });
         let id = sale.name.strip_prefix("sales/").unwrap_or(&sale.name);
         let now = Instant::now();
         let mut sales = self.sales.write().unwrap_or_else(PoisonError::into_inner);
@@ -90,6 +96,7 @@ impl SoldOut {
             if verdict.buyers.may_contain(buyer.as_str()) {
                 return None;
             }
+            verdict.told.increment(1);
             verdict.reason
         };
         let message = match reason {
@@ -97,7 +104,6 @@ impl SoldOut {
             Reason::SoldOut => "sold out",
             _ => "every unit is held; one may come back",
         };
-        metrics::counter!("seckill_refused_from_memory_total", "reason" => reason.as_str_name()).increment(1);
         Some(Error::new(reason, message))
     }
 }

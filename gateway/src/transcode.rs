@@ -5,7 +5,7 @@
 //! answer becomes JSON, a stream of answers becomes server-sent events, its status becomes an error body.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -13,11 +13,14 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use metrics::Histogram;
+use metrics::{Counter, Histogram};
 use percent_encoding::percent_decode_str;
 use prost::Message;
 use prost_reflect::{DynamicMessage, FieldDescriptor, Value};
-use proto::{Error, Reason, v1::OrderState};
+use proto::{
+    Error, Reason,
+    v1::{OrderState, PlaceOrderRequest},
+};
 use tokio::time::timeout;
 use tonic::{
     client::{Grpc, GrpcService},
@@ -27,7 +30,8 @@ use tonic::{
 use crate::{
     MAX_BODY,
     contract::{Contract, Match, Route, Variables},
-    failure, json,
+    failure, json, quick,
+    service::orders::Desk,
 };
 
 mod raw;
@@ -44,10 +48,40 @@ const FORWARDED: [HeaderName; 3] =
 pub struct Transcoder<S> {
     contract: Arc<Contract>,
     rpc: S,
+    desk: Desk,
     /// How long a request's body may take to come. What comes after has its own deadline.
     patience: Duration,
-    /// One a route, in the contract's order: looking one up by its labels costs more than recording.
-    seconds: Vec<Histogram>,
+    /// One a route, in the contract's order, and one for what is no route.
+    counts: Vec<Counts>,
+}
+
+/// What is counted of one route. Looking a metric up by its labels costs more than counting.
+#[derive(Debug)]
+struct Counts {
+    route: Arc<str>,
+    seconds: Histogram,
+    codes: [OnceLock<Counter>; CODES.len()],
+}
+
+/// The usual ones.
+const CODES: [u16; 14] = [200, 202, 400, 401, 403, 404, 405, 413, 429, 499, 500, 501, 503, 504];
+
+impl Counts {
+    fn new(route: Arc<str>) -> Self {
+        let seconds = metrics::histogram!("seckill_http_request_seconds", "route" => route.clone());
+        Self { route, seconds, codes: Default::default() }
+    }
+
+    fn count(&self, code: u16) {
+        let counter = || {
+            let (route, code) = (self.route.clone(), code.to_string());
+            metrics::counter!("seckill_http_requests_total", "route" => route, "code" => code)
+        };
+        match CODES.iter().position(|known| *known == code) {
+            Some(place) => self.codes[place].get_or_init(counter).increment(1),
+            None => counter().increment(1),
+        }
+    }
 }
 
 impl<S> Transcoder<S>
@@ -57,33 +91,32 @@ where
     <S::ResponseBody as http_body::Body>::Error: Into<mesh::link::BoxError> + Send,
     S::Future: Send,
 {
-    /// Over these routes, calling this stack. A body must have come after `patience`.
-    pub fn new(contract: Arc<Contract>, rpc: S, patience: Duration) -> Self {
+    /// Over these routes, calling this stack, once the desk has looked at a wish to buy. A body must have come after
+    /// `patience`.
+    pub fn new(contract: Arc<Contract>, rpc: S, desk: Desk, patience: Duration) -> Self {
         mesh::telemetry::prometheus();
         metrics::describe_counter!("seckill_http_requests_total", "HTTP requests answered, by route and status");
         metrics::describe_histogram!("seckill_http_request_seconds", "time until an HTTP answer began, in seconds");
-        let seconds =
-            |route: &Route| metrics::histogram!("seckill_http_request_seconds", "route" => route.template.clone());
-        Self { seconds: contract.routes().iter().map(seconds).collect(), contract, rpc, patience }
+        let routes = contract.routes().iter().map(|route| route.template.clone()).chain([OTHER.into()]);
+        Self { counts: routes.map(Counts::new).collect(), contract, rpc, desk, patience }
     }
 
     /// Answers a request. Never fails: what goes wrong is an answer too.
     pub async fn answer(&self, request: http::Request<Body>) -> Response<Body> {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
+        let other = self.contract.routes().len();
         let (route, answer) = match self.contract.find(&parts.method, parts.uri.path()) {
             Match::Route(index, variables) => {
-                let route = &self.contract.routes()[index];
-                let answered = self.call(route, &variables, &parts, body).await;
-                self.seconds[index].record(started.elapsed());
-                (route.template.clone(), answered.unwrap_or_else(|error| refused(&error)))
+                let answered = self.call(&self.contract.routes()[index], &variables, &parts, body).await;
+                self.counts[index].seconds.record(started.elapsed());
+                (index, answered.unwrap_or_else(|error| refused(&error)))
             }
-            Match::Malformed(error) => (OTHER.into(), refused(&error)),
-            Match::OtherMethods(allowed) => (OTHER.into(), failure::method_not_allowed(&allowed)),
-            Match::Nothing => (OTHER.into(), failure::no_such_path()),
+            Match::Malformed(error) => (other, refused(&error)),
+            Match::OtherMethods(allowed) => (other, failure::method_not_allowed(&allowed)),
+            Match::Nothing => (other, failure::no_such_path()),
         };
-        let code = answer.status().as_u16().to_string();
-        metrics::counter!("seckill_http_requests_total", "route" => route, "code" => code).increment(1);
+        self.counts[route].count(answer.status().as_u16());
         answer
     }
 
@@ -97,6 +130,15 @@ where
         let mut message = if route.has_body {
             let late = |_| Error::new(Reason::DeadlineExceeded, "the body took too long");
             let body = timeout(self.patience, read(&parts.headers, body)).await.map_err(late)??;
+            if route.accepts
+                && parts.uri.query().is_none()
+                && let Some(wish) = quick_wish(&parts.headers, &body)
+            {
+                let caller = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?;
+                let mut call = call_of(&parts.headers, wish.encode_to_vec());
+                call.extensions_mut().insert(caller);
+                return self.unary(route, call).await;
+            }
             json::read_body(&route.input, &body)?
         } else {
             DynamicMessage::new(route.input.clone())
@@ -120,18 +162,33 @@ where
             fill(&mut message, field, key, "the Idempotency-Key header")?;
         }
 
-        let call =
-            tonic::Request::from_parts(metadata(&parts.headers), Default::default(), message.encode_to_vec().into());
-        let mut grpc = Grpc::new(self.rpc.clone());
-        grpc.ready().await.map_err(|error| Error::dependency("the gateway", error.into()))?;
+        let call = call_of(&parts.headers, message.encode_to_vec());
         if route.rpc.is_server_streaming() {
-            let answers = grpc.server_streaming(call, route.grpc_path.clone(), raw::RawCodec).await?;
+            let answers = self.grpc().await?.server_streaming(call, route.grpc_path.clone(), raw::RawCodec).await?;
             return Ok(sse::response(answers.into_inner(), &route.output, &parts.headers));
         }
-        let answer = grpc.unary(call, route.grpc_path.clone(), raw::RawCodec).await?;
-        let answer = json::read_wire(&route.output, answer.into_inner())?;
-        let mut response = Response::new(Body::from(json::write(&answer)?));
-        *response.status_mut() = status(&answer, route);
+        self.unary(route, call).await
+    }
+
+    async fn grpc(&self) -> Result<Grpc<S>, Error> {
+        let mut grpc = Grpc::new(self.rpc.clone());
+        grpc.ready().await.map_err(|error| Error::dependency("the gateway", error.into()))?;
+        Ok(grpc)
+    }
+
+    async fn unary(&self, route: &Route, call: tonic::Request<Bytes>) -> Result<Response<Body>, Error> {
+        let answer = self.grpc().await?.unary(call, route.grpc_path.clone(), raw::RawCodec).await?.into_inner();
+        let quick = route.answers_order.then(|| quick::write(&answer)).flatten();
+        let (json, is_placed) = match quick {
+            Some(written) => written,
+            None => {
+                let answer = json::read_wire(&route.output, answer)?;
+                (json::write(&answer)?, is_placed(&answer))
+            }
+        };
+        let mut response = Response::new(Body::from(json));
+        // A new order that is accepted and not yet locked is 202; everything else that succeeds is 200.
+        *response.status_mut() = if route.accepts && is_placed { StatusCode::ACCEPTED } else { StatusCode::OK };
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok(response)
     }
@@ -140,11 +197,21 @@ where
 /// The metrics' label for what is no route: callers choose paths, so paths are no labels.
 const OTHER: &str = "other";
 
-/// A new order that is accepted and not yet locked is 202; everything else that succeeds is 200.
-fn status(answer: &DynamicMessage, route: &Route) -> StatusCode {
+fn is_placed(answer: &DynamicMessage) -> bool {
     let placed = Value::EnumNumber(OrderState::Placed.into());
-    let is_placed = || answer.get_field_by_name("state").is_some_and(|state| *state == placed);
-    if route.accepts && is_placed() { StatusCode::ACCEPTED } else { StatusCode::OK }
+    answer.get_field_by_name("state").is_some_and(|state| *state == placed)
+}
+
+fn quick_wish(headers: &HeaderMap, body: &[u8]) -> Option<PlaceOrderRequest> {
+    let key = match headers.get(IDEMPOTENCY_KEY) {
+        Some(key) => Some(key.to_str().ok()?),
+        None => None,
+    };
+    quick::read(body, key)
+}
+
+fn call_of(headers: &HeaderMap, message: Vec<u8>) -> tonic::Request<Bytes> {
+    tonic::Request::from_parts(metadata(headers), Default::default(), message.into())
 }
 
 fn refused(error: &Error) -> Response<Body> {

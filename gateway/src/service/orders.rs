@@ -10,6 +10,7 @@
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
+use http::HeaderValue;
 use mesh::{
     batch::{Batcher, Limits, Refused},
     identity::Identity,
@@ -57,11 +58,53 @@ const UNTIL_WRITTEN: Duration = Duration::from_secs(2);
 
 type Batch<T> = Batcher<T, Result<Order, Error>>;
 
+/// Looks at a wish to buy before anything is spent on it. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Desk {
+    callers: Callers,
+    memory: Arc<SoldOut>,
+}
+
+/// A wish to buy that is worth a call.
+struct Wanted {
+    sale: SaleId,
+    buyer: BuyerId,
+    quantity: i64,
+    request_id: RequestId,
+}
+
+impl Desk {
+    /// On what is remembered of sales.
+    pub fn new(callers: Callers, memory: Arc<SoldOut>) -> Self {
+        Self { callers, memory }
+    }
+
+    /// Who asks, where the wish is not surely in vain. The rpc asks again, since much may happen on the way to it.
+    pub fn look(&self, authorization: Option<&HeaderValue>, request: &PlaceOrderRequest) -> Result<Identity, Error> {
+        let caller = self.callers.named(authorization)?;
+        self.check(&caller, request)?;
+        Ok(caller)
+    }
+
+    fn check(&self, caller: &Identity, request: &PlaceOrderRequest) -> Result<Wanted, Error> {
+        let buyer = caller.require_buyer()?.clone();
+        let sale = SaleId::parse("sale", &request.sale)?;
+        if !(1..=LARGEST_QUANTITY).contains(&request.quantity) {
+            return Err(Error::invalid("quantity", format!("must be from 1 to {LARGEST_QUANTITY}")));
+        }
+        let request_id = RequestId::parse("request_id", &request.request_id)?;
+        match self.memory.refusal(&sale, &buyer) {
+            Some(refusal) => Err(refusal),
+            None => Ok(Wanted { sale, buyer, quantity: request.quantity, request_id }),
+        }
+    }
+}
+
 /// Serves `seckill.v1.Orders`.
 #[derive(Clone)]
 pub struct Orders {
     callers: Callers,
-    memory: Arc<SoldOut>,
+    desk: Desk,
     accepted: Accepted,
     accept: Batch<AcceptOrder>,
     pay: Batch<PayOrderItem>,
@@ -88,7 +131,7 @@ impl Orders {
     /// Over these links. `timeout` is for one call without its `wait`.
     pub fn new(
         callers: Callers,
-        (memory, accepted): (Arc<SoldOut>, Accepted),
+        (desk, accepted): (Desk, Accepted),
         watchers: OrderWatchers,
         links: Links,
         timeout: Duration,
@@ -130,24 +173,20 @@ impl Orders {
         };
         let finder = Finder::new(links.order.clone(), links.stock, life);
         let records = OrderRecordsClient::new(links.order);
-        Self { callers, memory, accepted, accept, pay, cancel, finder, records, watchers, timeout, life: life.clone() }
+        Self { callers, desk, accepted, accept, pay, cancel, finder, records, watchers, timeout, life: life.clone() }
     }
 
     async fn place(&self, request: Request<PlaceOrderRequest>) -> Result<Order, Error> {
-        let buyer = self.callers.buyer(request.metadata())?;
-        let request = request.into_inner();
-        let sale = SaleId::parse("sale", &request.sale)?;
-        if !(1..=LARGEST_QUANTITY).contains(&request.quantity) {
-            return Err(Error::invalid("quantity", format!("must be from 1 to {LARGEST_QUANTITY}")));
-        }
-        let request_id = RequestId::parse("request_id", &request.request_id)?;
-        if let Some(refusal) = self.memory.refusal(&sale, &buyer) {
-            return Err(refusal);
-        }
+        // Known already where the desk has looked at it: the gateway's own word, which no header can bring.
+        let caller = match request.extensions().get::<Identity>() {
+            Some(caller) => caller.clone(),
+            None => self.callers.known(request.metadata())?,
+        };
+        let Wanted { sale, buyer, quantity, request_id } = self.desk.check(&caller, request.get_ref())?;
         let item = AcceptOrder {
             sale_id: sale.as_str().to_owned(),
             buyer: buyer.as_str().to_owned(),
-            quantity: request.quantity,
+            quantity,
             request_id: request_id.to_string(),
             traceparent: traceparent(),
         };
