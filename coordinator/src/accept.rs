@@ -1,4 +1,5 @@
-//! Accepting orders: a permit, a durable message, an answer.
+//! Accepting orders: a permit, a durable message, an answer. In batches: one call takes the permits of all that came
+//! together, one publishes those that are new; only what is not plainly a new order is looked at by itself.
 //!
 //! A retry of a request is the same order, whatever became of it and whatever was forgotten meanwhile (E2, E6): what the
 //! permits do not remember, the sagas and the stream do. A publish whose outcome is unknown is not undone (E17): the
@@ -6,23 +7,21 @@
 
 use std::{sync::Arc, time::Duration};
 
-use mesh::{
-    batch::{Batcher, Limits},
-    bus,
-    lifecycle::Lifecycle,
-};
+use futures::future::join_all;
+use mesh::{bus, lifecycle::Lifecycle};
 use prost::Message as _;
 use proto::{
     Error, FIRST_EPOCH, Money, OrderId, Reason,
     error::Result,
     internal::{
-        AcceptOrder, AcquirePermit, Grant, LimitReached, OrderPlaced, acquire_result::Result as Acquired,
+        AcceptOrder, Grant, LimitReached, OrderPlaced, acquire_result::Result as Acquired,
         lookup_result::Result as Looked,
     },
     subjects,
     v1::{Order, Sale},
 };
 use tokio::sync::Semaphore;
+use tracing::{Instrument, Span};
 
 use crate::{
     calls::{Calls, is_fault},
@@ -47,85 +46,123 @@ pub struct Accept {
     calls: Calls,
     sagas: Sagas,
     lanes: Lanes,
-    permits: Batcher<AcquirePermit, Result<Acquired>>,
-    messages: Batcher<bus::Message, Result<bus::Published, bus::Error>>,
     pace: Pace,
     /// Refused orders that may be looked up at once.
     second_looks: Arc<Semaphore>,
 }
 
 impl Accept {
-    /// Starts the batches.
+    /// Begins to watch the funnel's backlog.
     pub fn start(config: &Config, calls: Calls, sagas: Sagas, lanes: Lanes, life: &Lifecycle) -> Self {
-        let limits = Limits { max_items: config.saga_batch, in_flight: config.accept_calls, ..Limits::default() };
-        let permits = {
-            let calls = calls.clone();
-            Batcher::start("permits", limits, life.tasks(), move |items: Vec<AcquirePermit>| {
-                let calls = calls.clone();
-                async move {
-                    let count = items.len();
-                    match calls.acquire(items).await {
-                        Ok(results) => results,
-                        Err(error) => (0..count).map(|_| Err(error.clone())).collect(),
-                    }
-                }
-            })
-        };
-        let messages = {
-            let calls = calls.clone();
-            Batcher::start("orders_placed", limits, life.tasks(), move |messages: Vec<bus::Message>| {
-                let calls = calls.clone();
-                async move { calls.publish(subjects::ORDERS, messages).await }
-            })
-        };
         let pace = Pace::start(calls.bus.clone(), config.accept_backlog.max(1), life);
-        Self { calls, sagas, lanes, permits, messages, pace, second_looks: Arc::new(Semaphore::new(SECOND_LOOKS)) }
+        Self { calls, sagas, lanes, pace, second_looks: Arc::new(Semaphore::new(SECOND_LOOKS)) }
     }
 
-    /// Accepts one order. `PLACED` is answered only for what is durable (I5).
-    pub async fn accept(&self, item: &AcceptOrder) -> Result<Order> {
-        let wanted = Wanted::parse(item)?;
-        self.pace.pass().await?;
-        match self.permits.submit(wanted.permit()).await?? {
-            Acquired::Granted(grant) => self.granted(&wanted, &grant).await,
-            Acquired::Released(()) => self.released(&wanted).await,
-            Acquired::LimitReached(limit) => self.at_limit(&wanted, &limit).await,
+    /// Accepts a batch, each order within its span: one answer for each, in order. `PLACED` is answered only for what is
+    /// durable (I5).
+    pub async fn accept(&self, items: &[AcceptOrder], spans: &[Span]) -> Vec<Result<Order>> {
+        let mut answers: Vec<Option<Result<Order>>> = vec![None; items.len()];
+        let mut wishes = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            match Wanted::parse(item) {
+                Ok(wanted) => wishes.push((index, wanted)),
+                Err(error) => answers[index] = Some(Err(error)),
+            }
+        }
+        let passed = self.pace.pass(wishes.len()).await;
+        for (index, _) in wishes.drain(passed..) {
+            let error = Error::new(Reason::Overloaded, "too many orders wait to be locked");
+            answers[index] = Some(Err(error.with_retry_after(Duration::from_secs(1))));
+        }
+
+        let mut new = Vec::with_capacity(wishes.len());
+        let mut others = Vec::new();
+        for ((index, wanted), acquired) in self.acquire(wishes).await {
+            match acquired {
+                Ok(Acquired::Granted(grant)) if grant.fresh && grant.epoch <= FIRST_EPOCH => {
+                    // Nothing of that epoch was ever lost: nobody has seen this order.
+                    match placed_by(&wanted, &grant) {
+                        Ok(placed) => new.push((index, wanted, placed)),
+                        Err(error) => answers[index] = Some(Err(error)),
+                    }
+                }
+                Ok(acquired) => others
+                    .push(async move { (index, self.other(wanted, acquired).instrument(spans[index].clone()).await) }),
+                Err(error) => answers[index] = Some(Err(error)),
+            }
+        }
+        // The others may wait for a database; what is plainly new does not wait for them.
+        let others = async {
+            let mut late = Vec::new();
+            let mut known = Vec::new();
+            for (index, decided) in join_all(others).await {
+                match decided {
+                    Ok(Decided::Place(wanted, placed)) => late.push((index, wanted, placed)),
+                    Ok(Decided::Known(order)) => known.push((index, Ok(order))),
+                    Err(error) => known.push((index, Err(error))),
+                }
+            }
+            known.extend(self.place(late, spans).await);
+            known
+        };
+        let (placed, known) = futures::future::join(self.place(new, spans), others).await;
+        for (index, answer) in placed.into_iter().chain(known) {
+            answers[index] = Some(answer);
+        }
+        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(Error::internal("no answer")))).collect()
+    }
+
+    /// Permits for all of these in one call.
+    async fn acquire(&self, wishes: Vec<(usize, Wanted)>) -> Vec<((usize, Wanted), Result<Acquired>)> {
+        if wishes.is_empty() {
+            return Vec::new();
+        }
+        match self.calls.acquire(wishes.iter().map(|(_, wanted)| wanted.permit()).collect()).await {
+            Ok(acquired) => wishes.into_iter().zip(acquired).collect(),
+            Err(error) => wishes.into_iter().map(|wish| (wish, Err(error.clone()))).collect(),
+        }
+    }
+
+    /// What is not plainly a new order.
+    async fn other(&self, wanted: Wanted, acquired: Acquired) -> Result<Decided> {
+        match acquired {
+            Acquired::Granted(grant) => self.granted(wanted, &grant).await,
+            Acquired::Released(()) => self.released(wanted).await,
+            Acquired::LimitReached(limit) => self.at_limit(wanted, &limit).await,
             Acquired::Refused(refusal) => self.refused(&wanted, refusal.into()).await,
         }
     }
 
-    async fn granted(&self, wanted: &Wanted, grant: &Grant) -> Result<Order> {
-        let placed = Placed::from_grant(grant)?;
-        wanted.check_same(&placed.sale_id, placed.quantity)?;
-        // Nothing of that epoch was ever lost.
-        let nobody_has_seen_it = grant.fresh && grant.epoch <= FIRST_EPOCH;
-        if !nobody_has_seen_it && let Some(row) = self.sagas.get(wanted.order_id).await? {
-            return self.known(wanted, &row).await;
+    async fn granted(&self, wanted: Wanted, grant: &Grant) -> Result<Decided> {
+        let placed = placed_by(&wanted, grant)?;
+        match self.sagas.get(wanted.order_id).await? {
+            Some(row) => self.known(&wanted, &row).await,
+            None => Ok(Decided::Place(wanted, placed)),
         }
-        self.place(wanted, &placed).await
     }
 
     /// The permit was given back: with its closed order, or because no message of it was ever seen. Then the funnel
     /// says so, and the buyer finds a rejected order instead of none.
-    async fn released(&self, wanted: &Wanted) -> Result<Order> {
+    async fn released(&self, wanted: Wanted) -> Result<Decided> {
         if let Some(row) = self.sagas.get(wanted.order_id).await? {
-            return self.known(wanted, &row).await;
+            return self.known(&wanted, &row).await;
         }
         let sale = self.calls.sale(&wanted.sale_id).await?;
-        let placed = lapsed(wanted, &sale, self.calls.clock.now_ms())?;
-        self.place(wanted, &placed).await
+        let placed = lapsed(&wanted, &sale, self.calls.clock.now_ms())?;
+        Ok(Decided::Place(wanted, placed))
     }
 
     /// A buyer with an open order gets that one back, not a refusal (E37).
-    async fn at_limit(&self, wanted: &Wanted, limit: &LimitReached) -> Result<Order> {
+    async fn at_limit(&self, wanted: Wanted, limit: &LimitReached) -> Result<Decided> {
         if let Some(row) = self.sagas.get(wanted.order_id).await? {
-            return self.known(wanted, &row).await;
+            return self.known(&wanted, &row).await;
         }
         let reached = || Error::new(Reason::PurchaseLimitReached, "the purchase limit of this sale is reached");
         let last: OrderId = limit.last_hold_id.parse().map_err(|_| reached())?;
         let is_theirs = |row: &Row| row.buyer == wanted.buyer && row.sale_id == wanted.sale_id;
         if let Some(row) = self.sagas.get(last).await? {
-            return if is_theirs(&row) && is_open(&row) { Ok(self.sagas.view(&row).await) } else { Err(reached()) };
+            let open = is_theirs(&row) && is_open(&row);
+            return if open { Ok(Decided::Known(self.sagas.view(&row).await)) } else { Err(reached()) };
         }
         match self.calls.lookup(&[last]).await?.pop() {
             Some(Ok(Looked::Granted(grant))) => {
@@ -138,7 +175,7 @@ impl Accept {
                     return Err(reached());
                 }
                 // Granted is not accepted: its own publish may have failed. It is PLACED once it is there (I5).
-                self.place(&placed.wanted(), &placed).await
+                Ok(Decided::Place(placed.wanted(), placed))
             }
             _ => Err(reached()),
         }
@@ -147,7 +184,7 @@ impl Accept {
     /// No permit. Who asks again for an order that is closed is answered with it, even when the permits forgot (E6).
     /// Only as far as that costs little: a storm of refusals must not become a storm of reads on the database that
     /// the funnel writes to. Holds that are open or sold outlive a loss of the permits, so no winner depends on this.
-    async fn refused(&self, wanted: &Wanted, error: Error) -> Result<Order> {
+    async fn refused(&self, wanted: &Wanted, error: Error) -> Result<Decided> {
         if is_fault(&error) {
             return Err(error);
         }
@@ -163,41 +200,57 @@ impl Accept {
     }
 
     /// The order as it is now.
-    async fn known(&self, wanted: &Wanted, row: &Row) -> Result<Order> {
+    async fn known(&self, wanted: &Wanted, row: &Row) -> Result<Decided> {
         wanted.check_same(&row.sale_id, row.quantity)?;
-        Ok(self.sagas.view(row).await)
+        Ok(Decided::Known(self.sagas.view(row).await))
     }
 
-    /// Makes it durable.
-    async fn place(&self, wanted: &Wanted, placed: &Placed) -> Result<Order> {
-        let window = placed.window();
-        // A message that no lane waits for would have the sweep for its only deadline.
-        self.lanes.ensure(window).await?;
-        let mut headers = bus::Headers::new();
-        mesh::telemetry::inject_current(&mut headers);
-        let message = bus::Message {
-            subject: subjects::orders_placed(window),
-            id: placed.order_id.to_string(),
-            headers,
-            payload: placed.message().encode_to_vec().into(),
-        };
-        let published = self.messages.submit(message).await?.map_err(|error| {
-            metrics::counter!("seckill_publish_unknown_total").increment(1);
-            tracing::warn!(order = %placed.order_id, %error, "it is not known whether an order was accepted");
-            Error::new(Reason::DependencyDown, "the order may or may not be placed: try again with the same request_id")
-                .with_retry_after(Duration::from_secs(1))
-        })?;
-        if published.duplicate {
-            self.stored(wanted, placed, published.sequence).await
-        } else {
-            Ok(placed_order(placed))
+    /// Makes them durable, all in one call. Answers each by its place in the batch.
+    async fn place(&self, orders: Vec<(usize, Wanted, Placed)>, spans: &[Span]) -> Vec<(usize, Result<Order>)> {
+        let mut answers = Vec::with_capacity(orders.len());
+        let mut publishing = Vec::with_capacity(orders.len());
+        let mut messages = Vec::with_capacity(orders.len());
+        for (index, wanted, placed) in orders {
+            let window = placed.window();
+            // A message that no lane waits for would have the sweep for its only deadline.
+            if let Err(error) = self.lanes.ensure(window).await {
+                answers.push((index, Err(error)));
+                continue;
+            }
+            let mut headers = bus::Headers::new();
+            spans[index].in_scope(|| mesh::telemetry::inject_current(&mut headers));
+            messages.push(bus::Message {
+                subject: subjects::orders_placed(window),
+                id: placed.order_id.to_string(),
+                headers,
+                payload: placed.message().encode_to_vec().into(),
+            });
+            publishing.push((index, wanted, placed));
         }
+        if messages.is_empty() {
+            return answers;
+        }
+        let published = self.calls.publish(subjects::ORDERS, messages).await;
+        let mut before = Vec::new();
+        for ((index, wanted, placed), published) in publishing.into_iter().zip(published) {
+            match published {
+                Ok(published) if published.duplicate => before.push(async move {
+                    let stored = self.stored(&wanted, &placed, published.sequence);
+                    (index, stored.instrument(spans[index].clone()).await)
+                }),
+                Ok(_) => answers.push((index, Ok(placed_order(&placed)))),
+                Err(error) => answers.push((index, Err(unknown(&placed, &error)))),
+            }
+        }
+        answers.extend(join_all(before).await);
+        answers
     }
 
     /// The message was there before: that one is the order.
     async fn stored(&self, wanted: &Wanted, placed: &Placed, sequence: u64) -> Result<Order> {
         if let Some(row) = self.sagas.get(wanted.order_id).await? {
-            return self.known(wanted, &row).await;
+            wanted.check_same(&row.sale_id, row.quantity)?;
+            return Ok(self.sagas.view(&row).await);
         }
         let Some(message) = self.calls.bus.read(subjects::ORDERS, sequence).await? else {
             return Ok(placed_order(placed));
@@ -208,6 +261,27 @@ impl Accept {
         wanted.check_same(&first.sale_id, first.quantity)?;
         Ok(placed_order(&first))
     }
+}
+
+/// What is to be done about a wish.
+enum Decided {
+    /// It is an order already, as it is now.
+    Known(Order),
+    /// It is to be made durable.
+    Place(Wanted, Placed),
+}
+
+fn placed_by(wanted: &Wanted, grant: &Grant) -> Result<Placed> {
+    let placed = Placed::from_grant(grant)?;
+    wanted.check_same(&placed.sale_id, placed.quantity)?;
+    Ok(placed)
+}
+
+fn unknown(placed: &Placed, error: &bus::Error) -> Error {
+    metrics::counter!("seckill_publish_unknown_total").increment(1);
+    tracing::warn!(order = %placed.order_id, %error, "it is not known whether an order was accepted");
+    Error::new(Reason::DependencyDown, "the order may or may not be placed: try again with the same request_id")
+        .with_retry_after(Duration::from_secs(1))
 }
 
 /// An order whose permit is gone for good: the ledger's tombstone will refuse it.

@@ -13,7 +13,7 @@ use crate::engine::{
 // Every role's struct has this name, and groups of one command must not.
 #[group(id = "coordinator-options")]
 pub struct Config {
-    /// Orders accepted, changed or read in one call or transaction, at most.
+    /// Orders changed or read in one call or transaction, at most.
     #[arg(long, env = "SECKILL_SAGA_BATCH", default_value_t = Config::default().saga_batch)]
     pub saga_batch: usize,
 
@@ -21,10 +21,6 @@ pub struct Config {
     /// less for each order.
     #[arg(long, env = "SECKILL_SAGA_CALLS", default_value_t = Config::default().saga_calls)]
     pub saga_calls: usize,
-
-    /// Batches of orders that are being accepted at once: permits are taken for one while another is published.
-    #[arg(long, env = "SECKILL_ACCEPT_CALLS", default_value_t = Config::default().accept_calls)]
-    pub accept_calls: usize,
 
     /// Accepted orders that may wait for the funnel. Whoever comes while it is full waits, too, for a second at most.
     #[arg(long, env = "SECKILL_ACCEPT_BACKLOG", default_value_t = Config::default().accept_backlog)]
@@ -35,6 +31,7 @@ pub struct Config {
     pub funnel_batch: usize,
 
     /// Batches that the funnel works on at once. The second is fetched while the first is written; more make each smaller.
+    /// None where other replicas are to lock what this one accepts.
     #[arg(long, env = "SECKILL_FUNNEL_WORKERS", default_value_t = Config::default().funnel_workers)]
     pub funnel_workers: usize,
 
@@ -126,7 +123,6 @@ impl Default for Config {
         Self {
             saga_batch: 512,
             saga_calls: 1,
-            accept_calls: 2,
             accept_backlog: 2_048,
             funnel_batch: 512,
             funnel_workers: 2,

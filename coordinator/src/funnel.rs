@@ -45,7 +45,7 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
         max_pending: MAX_PENDING.max(config.funnel_batch * (config.funnel_workers + 1)),
     };
     let consumer = engine.context().calls.bus.consumer(spec).await?;
-    for _ in 0..config.funnel_workers.max(1) {
+    for _ in 0..config.funnel_workers {
         let funnel = Funnel {
             consumer: consumer.clone(),
             engine: engine.clone(),

@@ -12,11 +12,17 @@
 use std::{sync::Arc, time::Duration};
 
 use mesh::{bus::SharedBus, lifecycle::Lifecycle};
-use proto::{Error, Reason, error::Result, subjects};
-use tokio::sync::Semaphore;
+use proto::subjects;
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout_at},
+};
 
 /// How often the backlog is read. The funnel does a few hundred orders in this time.
 const EVERY: Duration = Duration::from_millis(50);
+
+/// Orders of one call that wait for room together: few enough for the first to be let in while the last still wait.
+const STEP: usize = 64;
 
 /// Who has waited for so long had better let another go first.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -26,12 +32,14 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub struct Pace {
     /// Orders that may be accepted until the backlog is read again.
     room: Arc<Semaphore>,
+    /// Who waits for room is let in by so many at once.
+    step: usize,
 }
 
 impl Pace {
     /// Reads the backlog for as long as the role lives. `most` orders may wait.
     pub fn start(bus: SharedBus, most: usize, life: &Lifecycle) -> Self {
-        let pace = Self { room: Arc::new(Semaphore::new(most)) };
+        let pace = Self { room: Arc::new(Semaphore::new(most)), step: most.min(STEP) };
         let room = pace.room.clone();
         let waiting = metrics::gauge!("seckill_funnel_waiting");
         life.spawn_periodic("pace", EVERY, move || {
@@ -52,19 +60,25 @@ impl Pace {
         pace
     }
 
-    /// Waits for room for one order. First come, first served.
-    pub async fn pass(&self) -> Result<()> {
-        match tokio::time::timeout(PATIENCE, self.room.acquire()).await {
-            // Used up; reading the backlog makes new room.
-            Ok(Ok(permit)) => {
-                permit.forget();
-                Ok(())
+    /// Waits for room for so many orders, and answers for how many there was: the others are refused. First come, first
+    /// served.
+    pub async fn pass(&self, orders: usize) -> usize {
+        let until = Instant::now() + PATIENCE;
+        let mut passed = 0;
+        while passed < orders {
+            let step = self.step.min(orders - passed);
+            match timeout_at(until, self.room.acquire_many(step as u32)).await {
+                // Used up; reading the backlog makes new room.
+                Ok(Ok(permits)) => {
+                    permits.forget();
+                    passed += step;
+                }
+                // Never closed.
+                Ok(Err(_)) => return orders,
+                Err(_) => break,
             }
-            // Never closed.
-            Ok(Err(_)) => Ok(()),
-            Err(_) => Err(Error::new(Reason::Overloaded, "too many orders wait to be locked")
-                .with_retry_after(Duration::from_secs(1))),
         }
+        passed
     }
 }
 
@@ -84,16 +98,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn e46_who_finds_no_room_waits_a_little_and_is_refused() {
-        let pace = Pace { room: Arc::new(Semaphore::new(1)) };
-        pace.pass().await.unwrap();
+        let pace = Pace { room: Arc::new(Semaphore::new(1)), step: 1 };
+        assert_eq!(pace.pass(1).await, 1);
         let waiting = tokio::spawn({
             let pace = pace.clone();
-            async move { pace.pass().await }
+            async move { pace.pass(3).await }
         });
         tokio::task::yield_now().await;
-        make_room(&pace.room, 1);
-        waiting.await.unwrap().unwrap();
-        assert_eq!(pace.pass().await.unwrap_err().reason, Reason::Overloaded);
+        make_room(&pace.room, 2);
+        assert_eq!(waiting.await.unwrap(), 2, "there was room for two of three");
+        assert_eq!(pace.pass(1).await, 0);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use proto::{
     Error,
     error::Result,
     internal::{
-        AcceptOrdersRequest, AcceptOrdersResponse, CancelOrdersRequest, CancelOrdersResponse, OrderResult,
+        AcceptOrder, AcceptOrdersRequest, AcceptOrdersResponse, CancelOrdersRequest, CancelOrdersResponse, OrderResult,
         PayOrdersRequest, PayOrdersResponse, coordinator_server::Coordinator, order_result,
     },
     v1::{
@@ -41,11 +41,13 @@ impl Coordinator for Service {
         request: Request<AcceptOrdersRequest>,
     ) -> Result<Response<AcceptOrdersResponse>, Status> {
         let items = at_most(request.into_inner().items)?;
-        let results = join_all(items.iter().map(|item| {
-            let span = item_span(tracing::info_span!("accept_order"), &item.traceparent);
-            answer(self.accept.accept(item)).instrument(span)
-        }));
-        Ok(Response::new(AcceptOrdersResponse { results: results.await }))
+        let span = |item: &AcceptOrder| item_span(tracing::info_span!("accept_order"), &item.traceparent);
+        let spans: Vec<Span> = items.iter().map(span).collect();
+        let accept = self.accept.clone();
+        // On a task of its own: a caller that went away must not leave permits without orders behind.
+        let accepting = tokio::spawn(async move { accept.accept(&items, &spans).await }.in_current_span());
+        let orders = accepting.await.map_err(|_| Error::internal("accepting a batch failed"))?;
+        Ok(Response::new(AcceptOrdersResponse { results: orders.into_iter().map(result).collect() }))
     }
 
     async fn pay_orders(&self, request: Request<PayOrdersRequest>) -> Result<Response<PayOrdersResponse>, Status> {
@@ -126,7 +128,11 @@ fn item_span(span: Span, traceparent: &str) -> Span {
 }
 
 async fn answer(order: impl Future<Output = Result<Order>>) -> OrderResult {
-    let result = match order.await {
+    result(order.await)
+}
+
+fn result(order: Result<Order>) -> OrderResult {
+    let result = match order {
         Ok(order) => order_result::Result::Order(order),
         Err(error) => {
             if error.reason.is_answer() {
