@@ -10,6 +10,7 @@ use http_body_util::{BodyExt, Full};
 use mesh::{
     bus::{Message, SharedBus, StreamSpec, nats::NatsBus, sqlite::SqliteBus},
     clock::Clock,
+    identity::Minter,
     lifecycle::Lifecycle,
 };
 use proto::{BuyerId, OrderId, RequestId, SaleId};
@@ -26,7 +27,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
     load::{Counted, Load, Outcome, Pace, Visit, run},
-    site::{Servers, free_address},
+    site::{BUYER, Servers, bearer, free_address, minter},
     wire::{Connection, Request},
 };
 
@@ -80,11 +81,15 @@ pub async fn serve_echo(listen: std::net::SocketAddr) -> Result<()> {
     Ok(())
 }
 
-struct HttpEcho;
+/// Asks for the very thing that the mesh is asked for, with a token of its own for every visitor: what the load spends
+/// on a request, and what the stack spends on reading one, is the same on both sides of a ratio.
+struct HttpEcho(Minter);
 
 impl Visit for HttpEcho {
-    async fn visit(&self, connection: &mut Connection, _: u64) -> io::Result<Outcome> {
-        let request = Request { method: "POST", path: "/v1/orders", body: ORDER, ..Default::default() };
+    async fn visit(&self, connection: &mut Connection, n: u64) -> io::Result<Outcome> {
+        let token = bearer(&self.0, &format!("buyer-{n}"), BUYER).map_err(io::Error::other)?;
+        let key = uuid::Uuid::new_v4().to_string();
+        let request = Request { method: "POST", path: "/v1/orders", authorization: &token, key: &key, body: ORDER };
         let answer = connection.call(&request).await?;
         Ok(if answer.status == 202 { Outcome::Good } else { Outcome::Refused(answer.reason()) })
     }
@@ -103,7 +108,7 @@ pub async fn echo(connections: usize, length: Duration) -> Result<(Counted, f64)
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let load = Load { pace: Pace::Saturating, connections, warm_up: Duration::from_secs(1), length };
-    let http = run(load, address, 0, Arc::new(HttpEcho)).await;
+    let http = run(load, address, 0, Arc::new(HttpEcho(minter()?))).await;
     let grpc = grpc_echo(address, length).await?;
     server.kill().await?;
     Ok((http, grpc))

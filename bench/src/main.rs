@@ -6,10 +6,12 @@
 
 mod baseline;
 mod ceiling;
+mod counts;
 mod load;
 mod report;
 mod scenario;
 mod site;
+mod targets;
 mod wire;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
@@ -44,6 +46,8 @@ enum Verb {
         #[arg(long)]
         listen: SocketAddr,
     },
+    /// Count the instructions of the hot paths under callgrind, and hold them to the budget
+    Counts(counts::Args),
     /// Serve the textbook design
     Baseline(Box<baseline::Args>),
 }
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
     let outcome = runtime.block_on(async {
         match cli.verb {
             Verb::Run(args) => run(args).await,
+            Verb::Counts(args) => counts::counts(args).await,
             Verb::Echo { listen } => ceiling::serve_echo(listen).await.map(|()| true),
             Verb::Baseline(args) => baseline::serve(*args).await.map(|()| true),
         }
@@ -142,6 +147,11 @@ async fn run(args: RunArgs) -> Result<bool> {
     }
     for why in &report.void {
         println!("VOID: {why}");
+    }
+    for target in targets::targets(&report) {
+        let verdict = if target.is_reached() { "reached" } else { "MISSED" };
+        let bound = if target.at_least { "at least" } else { "at most" };
+        println!("{:<50} {:>9.2}  {bound:<8} {:>7.2}  {verdict}", target.name, target.shown, target.wanted);
     }
     report.write(&out)?;
     println!("report             {}", out.join("bench.md").display());

@@ -5,7 +5,7 @@ use std::{fmt::Write as _, fs, path::Path, process::Command};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::{ceiling::Ceiling, scenario::Figure};
+use crate::{ceiling::Ceiling, scenario::Figure, targets::targets};
 
 /// Everything of one run.
 #[derive(Debug, Default, Serialize)]
@@ -106,6 +106,12 @@ impl Report {
                 text,
                 "\nThe textbook design on the same servers: {accepted:.0} accepted/s, {locked:.0} locked/s."
             );
+        }
+        text += "\n| target | shown | wanted | |\n| --- | ---: | --- | --- |\n";
+        for target in targets(self) {
+            let bound = if target.at_least { "at least" } else { "at most" };
+            let verdict = if target.is_reached() { "reached" } else { "missed" };
+            let _ = writeln!(text, "| {} | {:.2} | {bound} {} | {verdict} |", target.name, target.shown, target.wanted);
         }
         for why in &self.void {
             let _ = writeln!(text, "\nVOID: {why}");

@@ -94,6 +94,7 @@ const ACCEPTED: &str = r#"seckill_bus_published_total{stream="ORDERS"}"#;
 const WRITTEN: &str = "seckill_placed_to_locked_seconds_count";
 
 const WARM_UP: Duration = Duration::from_secs(3);
+const SELL_FOR: Duration = Duration::from_secs(60);
 
 impl Scenario {
     fn sales(self) -> u64 {
@@ -110,10 +111,11 @@ impl Scenario {
         let stock = match self {
             Scenario::Soldout => 1,
             Scenario::Rush => 1_000,
-            Scenario::Abandon => 20_000,
+            Scenario::Abandon => 100_000,
             _ => PLENTY,
         };
-        let window = if self == Scenario::Abandon { Duration::from_secs(5) } else { LONG_WINDOW };
+        // Long enough for so many orders to await payment at once.
+        let window = if self == Scenario::Abandon { Duration::from_secs(20) } else { LONG_WINDOW };
         let sales: Vec<String> = (0..self.sales()).map(|n| format!("sale-{n}")).collect();
         for sale in &sales {
             site.sale(sale, stock, window).await?;
@@ -126,14 +128,21 @@ impl Scenario {
             Scenario::Rush => Pace::AtOnce(100_000),
             _ => Pace::Saturating,
         };
-        let load = Load { pace, connections: extent.connections, warm_up: WARM_UP, length: extent.length };
+        let (warm_up, length) = match self {
+            // A minute tells whether locking keeps up with accepting.
+            Scenario::Sell => (WARM_UP, extent.length.max(SELL_FOR)),
+            // Once every unit has been held, and those that come back are sold again.
+            Scenario::Abandon => (window, extent.length),
+            _ => (WARM_UP, extent.length),
+        };
+        let load = Load { pace, connections: extent.connections, warm_up, length };
         let what = match self {
             Scenario::Soldout => Deed::BeRefused,
             Scenario::Pay => Deed::Pay,
             Scenario::Browse => Deed::Browse,
             _ => Deed::Place,
         };
-        let visit = Arc::new(Buyers { site: site.clone(), sales: sales.clone(), what });
+        let visit = Arc::new(Crowd { site: site.clone(), sales: sales.clone(), what });
 
         let watch = Arc::new(tokio::sync::Notify::new());
         let all_held =
@@ -215,20 +224,53 @@ impl Snapshot {
     }
 }
 
-enum Deed {
+/// What a visitor comes for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deed {
+    /// To order.
     Place,
+    /// To order, wait until it is locked, and pay.
     Pay,
+    /// To order what is sold out.
     BeRefused,
+    /// To look.
     Browse,
 }
 
-struct Buyers {
+/// Visitors of a mesh, each with a name of its own.
+#[derive(Debug)]
+pub struct Crowd {
     site: Arc<Site>,
     sales: Vec<String>,
     what: Deed,
 }
 
-impl Visit for Buyers {
+impl Crowd {
+    /// In front of sales that are open now, each with so many units; sold out where that is what they come for.
+    pub async fn gather(site: Site, sales: &[String], stock: u64, what: Deed) -> Result<Arc<Self>> {
+        for sale in sales {
+            site.sale(sale, stock, LONG_WINDOW).await?;
+        }
+        let site = Arc::new(site);
+        if what == Deed::BeRefused {
+            sell_out(&site, &sales[0]).await?;
+        }
+        Ok(Arc::new(Self { site, sales: sales.to_vec(), what }))
+    }
+
+    /// Where they are.
+    pub fn site(&self) -> &Site {
+        &self.site
+    }
+
+    /// The mesh, when they have gone.
+    pub fn leave(crowd: Arc<Self>) -> Result<Site> {
+        let crowd = Arc::into_inner(crowd).context("somebody is still there")?;
+        Arc::into_inner(crowd.site).context("the site is still in use")
+    }
+}
+
+impl Visit for Crowd {
     async fn visit(&self, connection: &mut Connection, n: u64) -> io::Result<Outcome> {
         let sale = &self.sales[(n % self.sales.len() as u64) as usize];
         if let Deed::Browse = self.what {
@@ -283,11 +325,11 @@ fn refused(status: u16, reason: String) -> io::Result<Outcome> {
 
 /// The last unit is bought, so that the sale is over for good.
 async fn sell_out(site: &Arc<Site>, sale: &str) -> Result<()> {
-    let buyers = Buyers { site: site.clone(), sales: vec![sale.to_owned()], what: Deed::Pay };
+    let buyers = Crowd { site: site.clone(), sales: vec![sale.to_owned()], what: Deed::Pay };
     let mut connection = Connection::new(site.address);
     ensure!(buyers.visit(&mut connection, u64::MAX).await? == Outcome::Good, "the last unit was not bought");
     let begun = Instant::now();
-    let refused = Buyers { what: Deed::BeRefused, ..buyers };
+    let refused = Crowd { what: Deed::BeRefused, ..buyers };
     while refused.visit(&mut connection, u64::MAX - 1).await.is_err() {
         ensure!(begun.elapsed() < DRAIN_LIMIT, "{sale} is not sold out");
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -308,7 +350,7 @@ async fn held_after(site: Arc<Site>, sale: String, units: u64) -> Result<Duratio
 }
 
 /// Waits until every order that was accepted is written, locked or not.
-async fn drain(site: &Site) -> Result<()> {
+pub async fn drain(site: &Site) -> Result<()> {
     let begun = Instant::now();
     loop {
         let metrics = site.metrics().await?;

@@ -57,10 +57,20 @@ pub struct Servers {
     pub nats: Option<String>,
 }
 
+/// How its processes are run.
+#[derive(Clone, Debug, Default)]
+pub struct Manner {
+    /// Another program that runs them, with its arguments.
+    pub under: Vec<OsString>,
+    /// Further settings.
+    pub settings: Vec<(OsString, OsString)>,
+}
+
 /// A running mesh.
 #[derive(Debug)]
 pub struct Site {
     program: PathBuf,
+    under: Vec<OsString>,
     settings: Vec<(OsString, OsString)>,
     processes: Vec<Process>,
     minter: Minter,
@@ -88,12 +98,18 @@ impl Drop for Process {
 impl Site {
     /// Starts a mesh on fresh backends.
     pub async fn start(program: &Path, wiring: Wiring, servers: &Servers) -> Result<Self> {
+        Self::start_as(Manner::default(), program, wiring, servers).await
+    }
+
+    /// The same, run in this manner.
+    pub async fn start_as(manner: Manner, program: &Path, wiring: Wiring, servers: &Servers) -> Result<Self> {
+        let Manner { under, settings: further } = manner;
         let dir = tempfile::tempdir()?;
         let mut settings: Vec<(OsString, OsString)> = vec![
             ("SECKILL_AUTH_HS256_SECRET".into(), SECRET.into()),
             ("SECKILL_DATA_DIR".into(), dir.path().join("data").into()),
-            ("SECKILL_LOG".into(), "warn".into()),
         ];
+        settings.extend(further);
         if wiring != Wiring::Embedded {
             settings.extend(fresh(servers).await?);
         }
@@ -101,7 +117,7 @@ impl Site {
         let operator = bearer(&minter, "olga", Scopes { buyer: false, operator: true })?;
         let address = free_address()?;
         let program = program.to_owned();
-        let mut site = Self { program, settings, processes: Vec::new(), minter, operator, dir, address };
+        let mut site = Self { program, under, settings, processes: Vec::new(), minter, operator, dir, address };
         if wiring == Wiring::Five {
             let mut endpoints = Vec::new();
             for role in ["stock", "order", "payment", "coordinator", "gateway"] {
@@ -124,8 +140,18 @@ impl Site {
     ) -> Result<()> {
         let admin = free_address()?;
         let log = fs::File::create(self.dir.path().join(format!("{name}.log")))?;
-        let child = self
-            .command()
+        let mut command = match self.under.split_first() {
+            Some((under, arguments)) => {
+                let mut command = Command::new(under);
+                command
+                    .args(arguments)
+                    .arg(&self.program)
+                    .envs(self.settings.iter().map(|(name, value)| (name, value)));
+                command
+            }
+            None => self.command(),
+        };
+        let child = command
             .args(verb)
             .args(["--listen", &listen.to_string(), "--admin-listen", &admin.to_string()])
             .envs(endpoints.iter().map(|(name, value)| (name, value)))
@@ -218,6 +244,18 @@ impl Site {
 
     /// Stops it, and audits what it left. Answers whether that is clean, and what the audit printed.
     pub fn stop_and_audit(mut self) -> Result<(bool, String)> {
+        self.end()?;
+        let audit = self.command().arg("audit").output().context("running the audit")?;
+        let told = String::from_utf8_lossy(&audit.stdout).into_owned() + &String::from_utf8_lossy(&audit.stderr);
+        Ok((audit.status.success(), told))
+    }
+
+    /// Stops it.
+    pub fn stop(mut self) -> Result<()> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<()> {
         // The door first, as the mesh itself stops.
         for process in self.processes.iter_mut().rev() {
             kill(Pid::from_raw(process.child.id().try_into()?), Signal::SIGTERM)?;
@@ -229,9 +267,7 @@ impl Site {
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-        let audit = self.command().arg("audit").output().context("running the audit")?;
-        let told = String::from_utf8_lossy(&audit.stdout).into_owned() + &String::from_utf8_lossy(&audit.stderr);
-        Ok((audit.status.success(), told))
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@
 mod bench;
 mod chaos;
 mod ci;
+mod counts;
 mod process;
 mod servers;
 mod up;
@@ -41,6 +42,8 @@ enum Verb {
     Chaos(chaos::Args),
     /// Measure the mesh beside the machine's own ceilings and the textbook design; `-- --help` for scenarios
     Bench(bench::Args),
+    /// Count what an order costs in instructions, and hold it to the budget; `-- --write` makes a new one
+    Counts(counts::Args),
     /// Run the mesh as five processes on real servers until Ctrl-C
     Up(up::Args),
     /// Run only the servers until Ctrl-C, and print what to export to use them
@@ -75,6 +78,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Sim(args) => ci::sim(&args, &interrupt),
         Verb::Chaos(args) => chaos::chaos(&args, &interrupt),
         Verb::Bench(args) => bench::bench(&args, &interrupt),
+        Verb::Counts(args) => counts::counts(&args, &interrupt),
         Verb::Up(args) => up::up(&args, &interrupt),
         Verb::Servers(args) => up::servers(&args, &interrupt),
     }

@@ -55,12 +55,31 @@ fn find(kind: Kind, interrupt: &Interrupt) -> Result<Option<Box<dyn Server>>> {
 
 fn install(missing: &BTreeSet<Kind>, interrupt: &Interrupt) -> Result<()> {
     let wanted: Vec<_> = missing.iter().map(|&kind| default_package(kind)).collect();
+    let packages = || missing.iter().map(|&kind| package(kind)).collect();
+    install_packages(&names(missing), &wanted, packages, interrupt)
+}
+
+/// valgrind, installed first if it must be.
+pub fn find_or_install_valgrind(interrupt: &Interrupt) -> Result<()> {
+    match which("valgrind") {
+        Some(_) => Ok(()),
+        None => install_packages("valgrind", &["valgrind"], || vec!["valgrind"], interrupt),
+    }
+}
+
+/// Installs what is missing: packages by their usual names, as this release's lists have them.
+fn install_packages(
+    missing: &str,
+    wanted: &[&str],
+    packages: impl FnOnce() -> Vec<&'static str>,
+    interrupt: &Interrupt,
+) -> Result<()> {
     let by_hand = format!("apt-get install --no-install-recommends {}", wanted.join(" "));
     let Some(apt_get) = which("apt-get") else {
-        bail!("not installed, and this is no Debian to install it on: {}", names(missing));
+        bail!("not installed, and this is no Debian to install it on: {missing}");
     };
     if !geteuid().is_root() {
-        bail!("not installed: {}. As root: {by_hand}", names(missing));
+        bail!("not installed: {missing}. As root: {by_hand}");
     }
     let logs = tempfile::tempdir().context("making a folder for apt's log")?;
     let log = logs.path().join("apt.log");
@@ -74,9 +93,8 @@ fn install(missing: &BTreeSet<Kind>, interrupt: &Interrupt) -> Result<()> {
     };
     eprintln!("installing {} (apt-get) …", wanted.join(" "));
     apt(&["update"])?;
-    let packages: Vec<_> = missing.iter().map(|&kind| package(kind)).collect();
     let mut args = vec!["install", "--no-install-recommends"];
-    args.extend(&packages);
+    args.extend(packages());
     apt(&args).with_context(|| format!("installing; by hand: {by_hand}"))
 }
 

@@ -1,0 +1,135 @@
+//! What one request costs in instructions: the production binary under callgrind, for some requests and for more of them.
+//! The difference is what the further ones cost, whatever else the machine does meanwhile, and whatever starting costs.
+//!
+//! Wall time is too noisy to notice that a path has become a twentieth dearer; instructions are not. What they do not see
+//! is waiting: for a disk, a lock, another process. The benchmark does.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    load::{Load, Pace, run},
+    scenario::{Crowd, Deed, drain},
+    site::{Manner, Servers, Site, Wiring},
+};
+
+/// Requests of the shorter run: past the first ones, which fill caches.
+const FEW: u64 = 400;
+/// Of the longer one. No more than the coordinator lets wait while nobody takes them from the stream.
+const MANY: u64 = 1_600;
+/// Buyers at the same time. Enough for batches; they are the same in both runs.
+const CONNECTIONS: usize = 32;
+
+/// Its options.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// The `seckill` to measure: a release build
+    #[arg(long, default_value = "target/release/seckill", value_name = "FILE")]
+    program: PathBuf,
+    /// What each path may cost
+    #[arg(long, default_value = "bench/budget.json", value_name = "FILE")]
+    budget: PathBuf,
+    /// Write what was measured as the new budget
+    #[arg(long)]
+    write: bool,
+}
+
+/// A path through the mesh, of one order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    /// Told that nothing is left.
+    Soldout,
+    /// A permit, a durable message, an answer. Nobody takes it from the stream.
+    Accept,
+    /// That, and locked by the funnel.
+    Lock,
+    /// That, and paid.
+    Pay,
+}
+
+/// False when a path is dearer than its budget allows.
+pub async fn counts(args: Args) -> Result<bool> {
+    let mut counted = BTreeMap::new();
+    let mut before = 0;
+    for (name, route) in
+        [("soldout", Route::Soldout), ("accept", Route::Accept), ("lock", Route::Lock), ("pay", Route::Pay)]
+    {
+        let whole = route.cost(&args.program).await.with_context(|| format!("counting {name}"))?;
+        // Each of these begins with what the one before it does.
+        let own = if matches!(route, Route::Lock | Route::Pay) { whole.saturating_sub(before) } else { whole };
+        before = whole;
+        counted.insert(name.to_owned(), own);
+    }
+    if args.write {
+        let text = serde_json::to_string_pretty(&counted)? + "\n";
+        fs::write(&args.budget, text).with_context(|| format!("writing {}", args.budget.display()))?;
+    }
+    let budget = fs::read(&args.budget).with_context(|| format!("reading {}", args.budget.display()))?;
+    let budget: BTreeMap<String, u64> = serde_json::from_slice(&budget).context("a budget")?;
+    ensure!(budget.keys().eq(counted.keys()), "the budget is not of these paths: {budget:?}");
+    let mut kept = true;
+    for (name, own) in &counted {
+        let allowed = budget[name];
+        let change = (*own as f64 / allowed as f64 - 1.0) * 100.0;
+        // A twentieth, as the budget's own precision.
+        let is_dearer = *own > allowed + allowed / 20;
+        kept &= !is_dearer;
+        let verdict = if is_dearer { "DEARER" } else { "ok" };
+        println!("{name:<8} {own:>9} instructions an order, budget {allowed:>9}, {change:+5.1} %  {verdict}");
+    }
+    Ok(kept)
+}
+
+impl Route {
+    /// Instructions of one more order.
+    async fn cost(self, program: &Path) -> Result<u64> {
+        let (few, many) = (self.run(program, FEW).await?, self.run(program, MANY).await?);
+        Ok(many.saturating_sub(few) / (MANY - FEW))
+    }
+
+    /// Instructions of a mesh that serves so many orders, from its start to its end.
+    async fn run(self, program: &Path, orders: u64) -> Result<u64> {
+        let dir = tempfile::tempdir()?;
+        let out = dir.path().join("callgrind.out");
+        let mut manner = Manner {
+            under: vec!["valgrind".into(), "--tool=callgrind".into(), "--quiet".into()],
+            // One thread takes turns with nobody.
+            settings: vec![("TOKIO_WORKER_THREADS".into(), "1".into())],
+        };
+        manner.under.push(format!("--callgrind-out-file={}", out.display()).into());
+        if self == Route::Accept {
+            manner.settings.push(("SECKILL_FUNNEL_WORKERS".into(), "0".into()));
+        }
+        let site = Site::start_as(manner, program, Wiring::Embedded, &Servers::default()).await?;
+        let deed = match self {
+            Route::Soldout => Deed::BeRefused,
+            Route::Accept | Route::Lock => Deed::Place,
+            Route::Pay => Deed::Pay,
+        };
+        let stock = if self == Route::Soldout { 1 } else { orders };
+        let crowd = Crowd::gather(site, &["counted".to_owned()], stock, deed).await?;
+        let load = Load {
+            pace: Pace::AtOnce(orders),
+            connections: CONNECTIONS,
+            warm_up: Duration::ZERO,
+            length: Duration::from_secs(600),
+        };
+        let counted = run(load, crowd.site().address, 1, crowd.clone()).await;
+        ensure!(counted.failed.is_empty(), "{:?}", counted.failed);
+        ensure!(counted.latency.len() == orders, "{} of {orders} orders, {:?}", counted.latency.len(), counted.refused);
+        if self != Route::Accept {
+            drain(crowd.site()).await?;
+        }
+        let site = Crowd::leave(crowd)?;
+        tokio::task::spawn_blocking(move || site.stop()).await??;
+        let text = fs::read_to_string(&out).with_context(|| format!("reading {}", out.display()))?;
+        let total = text.lines().find_map(|line| line.strip_prefix("summary: ")).context("callgrind's summary")?;
+        total.trim().parse().context("a count")
+    }
+}
