@@ -8,6 +8,7 @@
 //!   JSON ──> transcode ──┐
 //!                        ├──> layers (gate, deadline, trace) ──> front ──> service::{sales, orders, operations}
 //!   gRPC ────────────────┘
+//!            PlaceOrder, either way, once the desk has looked at it (quick, service::orders)
 //!   health, reflection ──────> answered at once, whatever the load (E50)
 //!   webhook ─────────────────> payment-svc, through places of its own
 //! ```
@@ -195,8 +196,9 @@ impl Door {
         let (mut parts, body) = request.into_parts();
         let late = |_| Error::new(Reason::DeadlineExceeded, "the message took too long");
         let frame = timeout(self.patience, transcode::read_any(&parts.headers, body)).await.map_err(late)??;
-        if let Some(wish) = quick::read_frame(&frame) {
-            let caller = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?;
+        if let Some(wish) = quick::read_frame(&frame)
+            && let Some(caller) = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?
+        {
             parts.extensions.insert(caller);
         }
         Ok(http::Request::from_parts(parts, tonic::body::Body::new(Full::new(frame))))

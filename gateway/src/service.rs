@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use http::HeaderValue;
+use http::{HeaderValue, header};
 use mesh::identity::{Identity, Verifier};
 use proto::{BuyerId, Error, Reason, SaleId};
 use tonic::{Response, Status, metadata::MetadataMap};
@@ -33,8 +33,7 @@ impl Callers {
 
     /// Whoever has a good token.
     fn known(&self, metadata: &MetadataMap) -> Result<Identity, Error> {
-        let authorization = metadata.get("authorization").and_then(|value| value.to_str().ok());
-        self.0.verify(authorization.unwrap_or_default())
+        self.named(metadata.as_ref().get(header::AUTHORIZATION))
     }
 
     /// The same, by the header.

@@ -136,7 +136,9 @@ where
             {
                 let caller = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?;
                 let mut call = call_of(&parts.headers, wish.encode_to_vec());
-                call.extensions_mut().insert(caller);
+                if let Some(caller) = caller {
+                    call.extensions_mut().insert(caller);
+                }
                 return self.unary(route, call).await;
             }
             json::read_body(&route.input, &body)?

@@ -3,14 +3,14 @@
 
 use mesh::{chance, clock::Clock, identity::Identity, link::Link};
 use proto::{
-    Error, Reason,
+    Error, OrderId, Reason,
     internal::coordinator_client::CoordinatorClient,
     timestamp,
     v1::{Action, action::Outcome},
 };
 use tonic::{Request, Response, Status};
 
-use super::{Callers, answer, handed_on, plain};
+use super::{Callers, answer, given, handed_on, plain};
 
 /// Keeps the book, which is with the coordinator. Cheap to clone.
 #[derive(Clone)]
@@ -29,11 +29,29 @@ pub struct Deed {
 }
 
 impl Deed {
-    /// This rpc, to the one with this id or name among `targets`, such as `sagas`.
-    pub fn new(verb: &'static str, targets: &str, id: &str, reason: &str) -> Result<Self, Error> {
+    /// This rpc, to a sale. However its name was spelled, it becomes the id, and the book has one name for it.
+    pub fn to_sale(verb: &'static str, sale: &mut String, reason: &str) -> Result<Self, Error> {
+        *sale = super::sale(sale)?;
+        Self::new(verb, format!("sales/{sale}"), reason)
+    }
+
+    /// This rpc, to a saga, in the same way. What is no id is no saga's.
+    pub fn to_saga(verb: &'static str, saga: &mut String, reason: &str) -> Result<Self, Error> {
+        given("saga", saga)?;
+        let id = OrderId::parse("saga", saga.strip_prefix("sagas/").unwrap_or(saga));
+        *saga = id.map_err(|_| Error::not_found("saga"))?.to_string();
+        Self::new(verb, format!("sagas/{saga}"), reason)
+    }
+
+    /// This rpc, to a dead letter.
+    pub fn to_dead_letter(verb: &'static str, letter: &str, reason: &str) -> Result<Self, Error> {
+        given("dead_letter", letter)?;
+        let id = letter.strip_prefix("deadLetters/").unwrap_or(letter);
+        Self::new(verb, format!("deadLetters/{id}"), reason)
+    }
+
+    fn new(verb: &'static str, target: String, reason: &str) -> Result<Self, Error> {
         plain("reason", reason)?;
-        let id = id.strip_prefix(targets).and_then(|rest| rest.strip_prefix('/')).unwrap_or(id);
-        let target = if id.is_empty() { targets.to_owned() } else { format!("{targets}/{id}") };
         Ok(Self { verb, target, detail: String::new(), reason: reason.to_owned() })
     }
 

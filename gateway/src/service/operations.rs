@@ -2,7 +2,6 @@
 
 use mesh::{layers::Once, link::Link};
 use proto::{
-    Error, OrderId,
     internal::{coordinator_client::CoordinatorClient, stock_client::StockClient},
     v1::{
         AbandonSagaRequest, DeadLetter, ExplainSagaRequest, GetDeadLetterRequest, GetSagaRequest, ListActionsRequest,
@@ -33,13 +32,6 @@ impl Operations {
     pub fn new(callers: Callers, actions: Actions, coordinator: Link, stock: Link) -> Self {
         Self { callers, actions, coordinator: CoordinatorClient::new(coordinator), stock: StockClient::new(stock) }
     }
-}
-
-/// A saga's id in its bare form: it is booked by one name, however it was spelled. What is no id is no saga's.
-fn saga(name: &str) -> Result<String, Error> {
-    given("saga", name)?;
-    let id = name.strip_prefix("sagas/").unwrap_or(name);
-    OrderId::parse("saga", id).map(|id| id.to_string()).map_err(|_| Error::not_found("saga"))
 }
 
 /// A call that is not idempotent: a second one would be refused for what the first has done, and booked as not done.
@@ -91,31 +83,17 @@ impl operations_server::Operations for Operations {
 
     async fn retry_saga(&self, request: Request<RetrySagaRequest>) -> Result<Response<Saga>, Status> {
         let mut coordinator = self.coordinator.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.saga = saga(&request.saga)?;
-                    Deed::new("RetrySaga", "sagas", &request.saga, &request.reason)
-                },
-                async move |request| coordinator.retry_saga(once(request)).await,
-            )
-            .await
+        let deed = |request: &mut RetrySagaRequest| Deed::to_saga("RetrySaga", &mut request.saga, &request.reason);
+        self.actions.operate(request, deed, async move |request| coordinator.retry_saga(once(request)).await).await
     }
 
     async fn abandon_saga(&self, request: Request<AbandonSagaRequest>) -> Result<Response<Saga>, Status> {
         let mut coordinator = self.coordinator.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.saga = saga(&request.saga)?;
-                    given("reason", &request.reason)?;
-                    Deed::new("AbandonSaga", "sagas", &request.saga, &request.reason)
-                },
-                async move |request| coordinator.abandon_saga(once(request)).await,
-            )
-            .await
+        let deed = |request: &mut AbandonSagaRequest| {
+            given("reason", &request.reason)?;
+            Deed::to_saga("AbandonSaga", &mut request.saga, &request.reason)
+        };
+        self.actions.operate(request, deed, async move |request| coordinator.abandon_saga(once(request)).await).await
     }
 
     async fn list_dead_letters(
@@ -151,30 +129,19 @@ impl operations_server::Operations for Operations {
         request: Request<RedriveDeadLetterRequest>,
     ) -> Result<Response<DeadLetter>, Status> {
         let mut coordinator = self.coordinator.clone();
+        let deed = |request: &mut RedriveDeadLetterRequest| {
+            Deed::to_dead_letter("RedriveDeadLetter", &request.dead_letter, &request.reason)
+        };
         self.actions
-            .operate(
-                request,
-                |request| {
-                    given("dead_letter", &request.dead_letter)?;
-                    Deed::new("RedriveDeadLetter", "deadLetters", &request.dead_letter, &request.reason)
-                },
-                async move |request| coordinator.redrive_dead_letter(once(request)).await,
-            )
+            .operate(request, deed, async move |request| coordinator.redrive_dead_letter(once(request)).await)
             .await
     }
 
     async fn rebuild_stock(&self, request: Request<RebuildStockRequest>) -> Result<Response<StockReport>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.sale = sale(&request.sale)?;
-                    Deed::new("RebuildStock", "sales", &request.sale, &request.reason)
-                },
-                async move |request| stock.rebuild_stock(request).await,
-            )
-            .await
+        let deed =
+            |request: &mut RebuildStockRequest| Deed::to_sale("RebuildStock", &mut request.sale, &request.reason);
+        self.actions.operate(request, deed, async move |request| stock.rebuild_stock(request).await).await
     }
 
     async fn reconcile_stock(

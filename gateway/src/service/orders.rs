@@ -58,14 +58,15 @@ const UNTIL_WRITTEN: Duration = Duration::from_secs(2);
 
 type Batch<T> = Batcher<T, Result<Order, Error>>;
 
-/// Looks at a wish to buy before anything is spent on it. Cheap to clone.
+/// Looks at a wish to buy before anything is spent on it. It only says no to what is in vain; whatever else is wrong the rpc
+/// says, and is counted there. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Desk {
     callers: Callers,
     memory: Arc<SoldOut>,
 }
 
-/// A wish to buy that is worth a call.
+/// A wish to buy, well-formed and by a buyer.
 struct Wanted {
     sale: SaleId,
     buyer: BuyerId,
@@ -79,24 +80,30 @@ impl Desk {
         Self { callers, memory }
     }
 
-    /// Who asks, where the wish is not surely in vain. The rpc asks again, since much may happen on the way to it.
-    pub fn look(&self, authorization: Option<&HeaderValue>, request: &PlaceOrderRequest) -> Result<Identity, Error> {
-        let caller = self.callers.named(authorization)?;
-        self.check(&caller, request)?;
-        Ok(caller)
+    /// Who asks; none where there is something wrong that the rpc will name. The error of a wish that is surely in vain: the
+    /// rpc looks again, since much may happen on the way to it.
+    pub fn look(
+        &self,
+        authorization: Option<&HeaderValue>,
+        request: &PlaceOrderRequest,
+    ) -> Result<Option<Identity>, Error> {
+        let Ok(caller) = self.callers.named(authorization) else { return Ok(None) };
+        let Ok(wanted) = Self::read(&caller, request) else { return Ok(None) };
+        self.refuse_what_is_in_vain(&wanted).map(|()| Some(caller))
     }
 
-    fn check(&self, caller: &Identity, request: &PlaceOrderRequest) -> Result<Wanted, Error> {
+    fn refuse_what_is_in_vain(&self, wanted: &Wanted) -> Result<(), Error> {
+        self.memory.refusal(&wanted.sale, &wanted.buyer).map_or(Ok(()), Err)
+    }
+
+    fn read(caller: &Identity, request: &PlaceOrderRequest) -> Result<Wanted, Error> {
         let buyer = caller.require_buyer()?.clone();
         let sale = SaleId::parse("sale", &request.sale)?;
         if !(1..=LARGEST_QUANTITY).contains(&request.quantity) {
             return Err(Error::invalid("quantity", format!("must be from 1 to {LARGEST_QUANTITY}")));
         }
         let request_id = RequestId::parse("request_id", &request.request_id)?;
-        match self.memory.refusal(&sale, &buyer) {
-            Some(refusal) => Err(refusal),
-            None => Ok(Wanted { sale, buyer, quantity: request.quantity, request_id }),
-        }
+        Ok(Wanted { sale, buyer, quantity: request.quantity, request_id })
     }
 }
 
@@ -182,7 +189,9 @@ impl Orders {
             Some(caller) => caller.clone(),
             None => self.callers.known(request.metadata())?,
         };
-        let Wanted { sale, buyer, quantity, request_id } = self.desk.check(&caller, request.get_ref())?;
+        let wanted = Desk::read(&caller, request.get_ref())?;
+        self.desk.refuse_what_is_in_vain(&wanted)?;
+        let Wanted { sale, buyer, quantity, request_id } = wanted;
         let item = AcceptOrder {
             sale_id: sale.as_str().to_owned(),
             buyer: buyer.as_str().to_owned(),

@@ -165,21 +165,16 @@ impl sales_server::Sales for Sales {
 
     async fn create_sale(&self, request: Request<CreateSaleRequest>) -> Result<Response<Sale>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    once(&mut request.request_id);
-                    // Named here where nobody named it, so that the book has its name.
-                    let id = match request.sale_id.as_str() {
-                        "" => SaleId::generate(&RequestId::parse("request_id", &request.request_id)?),
-                        id => SaleId::parse("sale_id", id)?,
-                    };
-                    Ok(Deed::new("CreateSale", "sales", id.as_str(), "")?.with(format!("stock {}", request.stock)))
-                },
-                async move |request| stock.create_sale(request).await,
-            )
-            .await
+        let deed = |request: &mut CreateSaleRequest| {
+            own_request_id(&mut request.request_id);
+            // Named here where nobody named it, so that the book has its name.
+            let id = match request.sale_id.as_str() {
+                "" => SaleId::generate(&RequestId::parse("request_id", &request.request_id)?),
+                id => SaleId::parse("sale_id", id)?,
+            };
+            Ok(Deed::to_sale("CreateSale", &mut id.to_string(), "")?.with(format!("stock {}", request.stock)))
+        };
+        self.actions.operate(request, deed, async move |request| stock.create_sale(request).await).await
     }
 
     async fn get_sale(&self, request: Request<GetSaleRequest>) -> Result<Response<Sale>, Status> {
@@ -206,63 +201,33 @@ impl sales_server::Sales for Sales {
 
     async fn open_sale(&self, request: Request<OpenSaleRequest>) -> Result<Response<Sale>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.sale = sale(&request.sale)?;
-                    Deed::new("OpenSale", "sales", &request.sale, &request.reason)
-                },
-                async move |request| stock.open_sale(request).await,
-            )
-            .await
+        let deed = |request: &mut OpenSaleRequest| Deed::to_sale("OpenSale", &mut request.sale, &request.reason);
+        self.actions.operate(request, deed, async move |request| stock.open_sale(request).await).await
     }
 
     async fn pause_sale(&self, request: Request<PauseSaleRequest>) -> Result<Response<Sale>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.sale = sale(&request.sale)?;
-                    Deed::new("PauseSale", "sales", &request.sale, &request.reason)
-                },
-                async move |request| stock.pause_sale(request).await,
-            )
-            .await
+        let deed = |request: &mut PauseSaleRequest| Deed::to_sale("PauseSale", &mut request.sale, &request.reason);
+        self.actions.operate(request, deed, async move |request| stock.pause_sale(request).await).await
     }
 
     async fn close_sale(&self, request: Request<CloseSaleRequest>) -> Result<Response<Sale>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.sale = sale(&request.sale)?;
-                    Deed::new("CloseSale", "sales", &request.sale, &request.reason)
-                },
-                async move |request| stock.close_sale(request).await,
-            )
-            .await
+        let deed = |request: &mut CloseSaleRequest| Deed::to_sale("CloseSale", &mut request.sale, &request.reason);
+        self.actions.operate(request, deed, async move |request| stock.close_sale(request).await).await
     }
 
     async fn adjust_stock(&self, request: Request<AdjustStockRequest>) -> Result<Response<StockReport>, Status> {
         let mut stock = self.stock.clone();
-        self.actions
-            .operate(
-                request,
-                |request| {
-                    request.sale = sale(&request.sale)?;
-                    once(&mut request.request_id);
-                    if request.delta == 0 {
-                        return Err(Error::invalid("delta", "must not be zero"));
-                    }
-                    let deed = Deed::new("AdjustStock", "sales", &request.sale, &request.reason)?;
-                    Ok(deed.with(format!("delta {:+}", request.delta)))
-                },
-                async move |request| stock.adjust_stock(request).await,
-            )
-            .await
+        let deed = |request: &mut AdjustStockRequest| {
+            own_request_id(&mut request.request_id);
+            if request.delta == 0 {
+                return Err(Error::invalid("delta", "must not be zero"));
+            }
+            let deed = Deed::to_sale("AdjustStock", &mut request.sale, &request.reason)?;
+            Ok(deed.with(format!("delta {:+}", request.delta)))
+        };
+        self.actions.operate(request, deed, async move |request| stock.adjust_stock(request).await).await
     }
 
     async fn get_stock(&self, request: Request<GetStockRequest>) -> Result<Response<StockReport>, Status> {
@@ -282,7 +247,7 @@ impl sales_server::Sales for Sales {
 }
 
 /// The operator's request_id, or one for this call alone: our own retries of it are one request either way.
-fn once(request_id: &mut String) {
+fn own_request_id(request_id: &mut String) {
     if request_id.is_empty() {
         *request_id = RequestId::random().to_string();
     }
