@@ -210,13 +210,18 @@ impl Accept {
         let mut answers = Vec::with_capacity(orders.len());
         let mut publishing = Vec::with_capacity(orders.len());
         let mut messages = Vec::with_capacity(orders.len());
+        // A batch is mostly of one sale, and of one window.
+        let mut opened = None;
         for (index, wanted, placed) in orders {
             let window = placed.window();
             // A message that no lane waits for would have the sweep for its only deadline.
-            if let Err(error) = self.lanes.ensure(window).await {
+            if opened != Some(window)
+                && let Err(error) = self.lanes.ensure(window).await
+            {
                 answers.push((index, Err(error)));
                 continue;
             }
+            opened = Some(window);
             let mut headers = bus::Headers::new();
             spans[index].in_scope(|| mesh::telemetry::inject_current(&mut headers));
             messages.push(bus::Message {

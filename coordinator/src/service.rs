@@ -1,6 +1,7 @@
 //! The gRPC edge: decode, call, encode. One bad item refuses itself and none of its neighbours.
 //!
-//! Items of a call go their ways at the same time; what they need is batched underneath, with the items of other calls.
+//! Orders of a call are accepted as one batch. Items of the other calls go their ways at the same time; what they need is
+//! batched underneath, with the items of other calls.
 
 use std::future::Future;
 
