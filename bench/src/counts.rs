@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     load::{Load, Pace, run},
-    scenario::{Crowd, Deed, drain},
+    scenario::{Crowd, Deed, LONG_WINDOW, drain},
     site::{Manner, Servers, Site, Wiring},
 };
 
@@ -77,7 +77,7 @@ pub async fn counts(args: Args) -> Result<bool> {
     for (name, own) in &counted {
         let allowed = budget[name];
         let change = (*own as f64 / allowed as f64 - 1.0) * 100.0;
-        // A twentieth, as the budget's own precision.
+        // What is counted twice differs by less.
         let is_dearer = *own > allowed + allowed / 20;
         kept &= !is_dearer;
         let verdict = if is_dearer { "DEARER" } else { "ok" };
@@ -113,7 +113,7 @@ impl Route {
             Route::Pay => Deed::Pay,
         };
         let stock = if self == Route::Soldout { 1 } else { orders };
-        let crowd = Crowd::gather(site, &["counted".to_owned()], stock, deed).await?;
+        let crowd = Crowd::gather(site, &["counted".to_owned()], (stock, LONG_WINDOW), deed).await?;
         let load = Load {
             pace: Pace::AtOnce(orders),
             connections: CONNECTIONS,

@@ -149,8 +149,7 @@ async fn run(args: RunArgs) -> Result<bool> {
         println!("VOID: {why}");
     }
     for target in targets::targets(&report) {
-        let verdict = if target.is_reached() { "reached" } else { "MISSED" };
-        let bound = if target.at_least { "at least" } else { "at most" };
+        let (bound, verdict) = (target.bound(), target.verdict());
         println!("{:<50} {:>9.2}  {bound:<8} {:>7.2}  {verdict}", target.name, target.shown, target.wanted);
     }
     report.write(&out)?;

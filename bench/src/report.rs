@@ -109,8 +109,7 @@ impl Report {
         }
         text += "\n| target | shown | wanted | |\n| --- | ---: | --- | --- |\n";
         for target in targets(self) {
-            let bound = if target.at_least { "at least" } else { "at most" };
-            let verdict = if target.is_reached() { "reached" } else { "missed" };
+            let (bound, verdict) = (target.bound(), target.verdict());
             let _ = writeln!(text, "| {} | {:.2} | {bound} {} | {verdict} |", target.name, target.shown, target.wanted);
         }
         for why in &self.void {

@@ -18,7 +18,7 @@ use crate::{
 /// Enough for whatever a scenario sells.
 const PLENTY: u64 = 50_000_000;
 /// Longer than a run.
-const LONG_WINDOW: Duration = Duration::from_secs(3600);
+pub const LONG_WINDOW: Duration = Duration::from_secs(3600);
 /// Accepted orders are locked within this once the load has ended, or the figure is void.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -107,7 +107,6 @@ impl Scenario {
 
     /// Runs on a fresh mesh, stops it and audits what it left. `peak` is what `sell` came to on the same wiring.
     pub async fn run(self, site: Site, wiring: Wiring, extent: Extent, peak: Option<f64>) -> Result<Figure> {
-        let site = Arc::new(site);
         let stock = match self {
             Scenario::Soldout => 1,
             Scenario::Rush => 1_000,
@@ -117,12 +116,6 @@ impl Scenario {
         // Long enough for so many orders to await payment at once.
         let window = if self == Scenario::Abandon { Duration::from_secs(20) } else { LONG_WINDOW };
         let sales: Vec<String> = (0..self.sales()).map(|n| format!("sale-{n}")).collect();
-        for sale in &sales {
-            site.sale(sale, stock, window).await?;
-        }
-        if self == Scenario::Soldout {
-            sell_out(&site, &sales[0]).await?;
-        }
         let pace = match self {
             Scenario::Steady => Pace::PerSecond(peak.context("`steady` needs the peak of `sell`: run it first")? / 2.0),
             Scenario::Rush => Pace::AtOnce(100_000),
@@ -142,14 +135,15 @@ impl Scenario {
             Scenario::Browse => Deed::Browse,
             _ => Deed::Place,
         };
-        let visit = Arc::new(Crowd { site: site.clone(), sales: sales.clone(), what });
+        let crowd = Crowd::gather(site, &sales, (stock, window), what).await?;
+        let site = crowd.site.clone();
 
         let watch = Arc::new(tokio::sync::Notify::new());
         let all_held =
             (self == Scenario::Rush).then(|| tokio::spawn(held_after(site.clone(), sales[0].clone(), stock)));
         let before = Snapshot::take(&site).await?;
         let marked = tokio::spawn(Snapshot::after_warm_up(site.clone(), load, watch.clone()));
-        let counted = run(load, site.address, 1, visit).await;
+        let counted = run(load, site.address, 1, crowd.clone()).await;
         watch.notify_one();
         let (from, to) = marked.await??;
         let whole = Snapshot::take(&site).await?;
@@ -171,7 +165,8 @@ impl Scenario {
         };
         drain(&site).await?;
         let peak_mib = site.peak_mib()?;
-        let site = Arc::into_inner(site).context("the site is still in use")?;
+        drop(site);
+        let site = Crowd::leave(crowd)?;
         let (audited, told) = tokio::task::spawn_blocking(move || site.stop_and_audit()).await??;
         if !audited {
             eprintln!("{told}");
@@ -246,10 +241,16 @@ pub struct Crowd {
 }
 
 impl Crowd {
-    /// In front of sales that are open now, each with so many units; sold out where that is what they come for.
-    pub async fn gather(site: Site, sales: &[String], stock: u64, what: Deed) -> Result<Arc<Self>> {
+    /// In front of sales that are open now, each with so many units and such a payment window; sold out where that is what
+    /// they come for.
+    pub async fn gather(
+        site: Site,
+        sales: &[String],
+        (stock, window): (u64, Duration),
+        what: Deed,
+    ) -> Result<Arc<Self>> {
         for sale in sales {
-            site.sale(sale, stock, LONG_WINDOW).await?;
+            site.sale(sale, stock, window).await?;
         }
         let site = Arc::new(site);
         if what == Deed::BeRefused {

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// One of them.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Target {
     /// What.
     pub name: String,
@@ -21,6 +21,16 @@ pub struct Target {
 }
 
 impl Target {
+    /// Which way it is meant.
+    pub fn bound(&self) -> &'static str {
+        if self.at_least { "at least" } else { "at most" }
+    }
+
+    /// In a word.
+    pub fn verdict(&self) -> &'static str {
+        if self.is_reached() { "reached" } else { "MISSED" }
+    }
+
     /// Whether it was reached.
     pub fn is_reached(&self) -> bool {
         if self.at_least { self.shown >= self.wanted } else { self.shown <= self.wanted }
