@@ -110,17 +110,15 @@ async fn simulate(seed: u64, detailed: bool) -> anyhow::Result<Outcome> {
             broken.push("somebody still waits, long after all is calm".to_owned());
         }
     }
-    let mut settled_before = false;
     loop {
-        let unsettled = check::check(&world, &told);
-        if unsettled.is_empty() && settled_before {
-            break;
-        }
-        // Once more, when the last doubled call and the last late word of the bank have come.
-        settled_before = unsettled.is_empty();
-        if settled_before {
+        let mut unsettled = check::check(&world, &told);
+        if unsettled.is_empty() {
+            // Once more, when the last doubled call and the last late word of the bank have come.
             sleep(STRAGGLERS).await;
-            continue;
+            unsettled = check::check(&world, &told);
+        }
+        if unsettled.is_empty() {
+            break;
         }
         if calm.elapsed() > PATIENCE {
             broken.extend(unsettled);

@@ -5,12 +5,12 @@
 //! when all of them answer; dropping [`Servers`] stops them and removes the folder unless it was asked to be kept.
 
 mod install;
-
-pub use install::find_or_install_valgrind;
 mod mariadb;
 mod nats;
 mod postgres;
 mod redis;
+
+pub use install::find_or_install_valgrind;
 
 use std::{
     collections::BTreeSet,

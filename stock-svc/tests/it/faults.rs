@@ -120,10 +120,7 @@ async fn e13_a_stale_grant_is_acquired_anew_and_locked() {
         let wanted = wanted(&sale, "alice", 1);
         let stale = granted(&world.client, &wanted).await;
         world.lose_permits(&sale).await;
-        eventually("the permits are back", async || {
-            (world.report(&sale).await.state() == v1::PermitState::Open).then_some(())
-        })
-        .await;
+        world.permits_are_back(&sale).await;
         assert_eq!(lock(&world.client, &wanted, &stale).await, LockedAs::Stale, "{}", world.name);
         let fresh = granted(&world.client, &wanted).await;
         assert!(fresh.epoch > stale.epoch, "{}", world.name);
@@ -140,8 +137,7 @@ async fn e39_an_order_of_lost_permits_is_not_said_to_be_absent_before_the_funnel
         let late = wanted(&sale, "alice", 1);
         let stale = granted(&world.client, &late).await;
         world.lose_permits(&sale).await;
-        let opened = async || (world.report(&sale).await.state() == v1::PermitState::Open).then_some(());
-        eventually("the permits are back", opened).await;
+        world.permits_are_back(&sale).await;
         let stranger = wanted(&sale, "nobody", 1);
         let both = [late.hold, stranger.hold];
         assert_eq!(look_up(&world.client, &both).await, ["absent", "absent"], "{}: not accepted yet", world.name);
@@ -165,8 +161,7 @@ async fn e13_an_order_that_waits_for_permits_holds_up_no_rebuild_and_one_that_ca
         let late = wanted(&sale, "alice", 1);
         let stale = granted(&world.client, &late).await;
         world.lose_permits(&sale).await;
-        let opened = async || (world.report(&sale).await.state() == v1::PermitState::Open).then_some(());
-        eventually("the permits are back", opened).await;
+        world.permits_are_back(&sale).await;
         world.publish(&late, &stale).await;
         // Behind it, one that was accepted in time.
         let placed = wanted(&sale, "bob", 1);
@@ -179,7 +174,7 @@ async fn e13_an_order_that_waits_for_permits_holds_up_no_rebuild_and_one_that_ca
         assert_eq!(waiting.len(), 2, "{}", world.name);
         assert_eq!(lock(&world.client, &late, &stale).await, LockedAs::Stale, "{}", world.name);
         assert_eq!(lock(&world.client, &placed, &good).await, LockedAs::Locked, "{}", world.name);
-        eventually("the permits are back again", opened).await;
+        world.permits_are_back(&sale).await;
         let renewed = granted(&world.client, &late).await;
         assert_eq!(lock(&world.client, &late, &renewed).await, LockedAs::Locked, "{}", world.name);
         assert_eq!(world.at_rest(&sale).await.held, 2, "{}", world.name);

@@ -147,6 +147,14 @@ impl World {
         self.store().standing(sale).await.unwrap()
     }
 
+    /// Waits for a rebuild that was to come.
+    pub async fn permits_are_back(&self, sale: &SaleId) {
+        eventually("the permits are back", async || {
+            (self.report(sale).await.state() == v1::PermitState::Open).then_some(())
+        })
+        .await;
+    }
+
     pub async fn report(&self, sale: &SaleId) -> v1::StockReport {
         self.client.clone().get_stock(v1::GetStockRequest { sale: sale.to_string() }).await.unwrap().into_inner()
     }
