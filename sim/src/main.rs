@@ -34,7 +34,8 @@ struct Args {
     /// Go on after a failure
     #[arg(long)]
     keep_going: bool,
-    /// How many at once; as many as there are cores by default
+    /// How many at once; half as many more than there are cores by default, since each now and then waits for its database's
+    /// thread
     #[arg(long)]
     threads: Option<usize>,
 }
@@ -84,7 +85,7 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let total = Mutex::new(Total::default());
     let threads = match args.threads {
         Some(threads) => threads.max(1),
-        None => std::thread::available_parallelism().map_or(1, usize::from),
+        None => std::thread::available_parallelism().map_or(1, |cores| cores.get() + cores.get().div_ceil(2)),
     };
     std::thread::scope(|scope| {
         for _ in 0..threads {
