@@ -4,6 +4,9 @@
 //! A retry of a request is the same order, whatever became of it and whatever was forgotten meanwhile (E2, E6): what the
 //! permits do not remember, the sagas and the stream do. A publish whose outcome is unknown is not undone (E17): the
 //! buyer tries again with the same request_id, and the sweep returns the permit when nothing was stored.
+//!
+//! That sweep goes by age. An order that took so long from permit to stream that the sweep may have come first is not
+//! called PLACED before the funnel has locked or refused it: its buyer is asked to try again (E11).
 
 use std::{sync::Arc, time::Duration};
 
@@ -81,8 +84,8 @@ impl Accept {
             match acquired {
                 Ok(Acquired::Granted(grant)) if grant.fresh && grant.epoch <= FIRST_EPOCH => {
                     // Nothing of that epoch was ever lost: nobody has seen this order.
-                    match placed_by(&wanted, &grant) {
-                        Ok(placed) => new.push((index, wanted, placed)),
+                    match Placing::new(wanted, &grant) {
+                        Ok(placing) => new.push((index, placing)),
                         Err(error) => answers[index] = Some(Err(error)),
                     }
                 }
@@ -97,7 +100,7 @@ impl Accept {
             let mut known = Vec::new();
             for (index, decided) in join_all(others).await {
                 match decided {
-                    Ok(Decided::Place(wanted, placed)) => late.push((index, wanted, placed)),
+                    Ok(Decided::Place(placing)) => late.push((index, placing)),
                     Ok(Decided::Known(order)) => known.push((index, Ok(order))),
                     Err(error) => known.push((index, Err(error))),
                 }
@@ -134,10 +137,10 @@ impl Accept {
     }
 
     async fn granted(&self, wanted: Wanted, grant: &Grant) -> Result<Decided> {
-        let placed = placed_by(&wanted, grant)?;
-        match self.sagas.get(wanted.order_id).await? {
-            Some(row) => self.known(&wanted, &row).await,
-            None => Ok(Decided::Place(wanted, placed)),
+        let placing = Placing::new(wanted, grant)?;
+        match self.sagas.get(placing.wanted.order_id).await? {
+            Some(row) => self.known(&placing.wanted, &row).await,
+            None => Ok(Decided::Place(placing)),
         }
     }
 
@@ -149,7 +152,7 @@ impl Accept {
         }
         let sale = self.calls.sale(&wanted.sale_id).await?;
         let placed = lapsed(&wanted, &sale, self.calls.clock.now_ms())?;
-        Ok(Decided::Place(wanted, placed))
+        Ok(Decided::Place(Placing { wanted, placed, kept_until_ms: 0 }))
     }
 
     /// A buyer with an open order gets that one back, not a refusal (E37).
@@ -175,7 +178,8 @@ impl Accept {
                     return Err(reached());
                 }
                 // Granted is not accepted: its own publish may have failed. It is PLACED once it is there (I5).
-                Ok(Decided::Place(placed.wanted(), placed))
+                let wanted = placed.wanted();
+                Ok(Decided::Place(Placing { wanted, placed, kept_until_ms: grant.kept_until_ms }))
             }
             _ => Err(reached()),
         }
@@ -206,14 +210,14 @@ impl Accept {
     }
 
     /// Makes them durable, all in one call. Answers each by its place in the batch.
-    async fn place(&self, orders: Vec<(usize, Wanted, Placed)>, spans: &[Span]) -> Vec<(usize, Result<Order>)> {
+    async fn place(&self, orders: Vec<(usize, Placing)>, spans: &[Span]) -> Vec<(usize, Result<Order>)> {
         let mut answers = Vec::with_capacity(orders.len());
         let mut publishing = Vec::with_capacity(orders.len());
         let mut messages = Vec::with_capacity(orders.len());
         // A batch is mostly of one sale, and of one window.
         let mut opened = None;
-        for (index, wanted, placed) in orders {
-            let window = placed.window();
+        for (index, placing) in orders {
+            let window = placing.placed.window();
             // A message that no lane waits for would have the sweep for its only deadline.
             if opened != Some(window)
                 && let Err(error) = self.lanes.ensure(window).await
@@ -226,25 +230,26 @@ impl Accept {
             spans[index].in_scope(|| mesh::telemetry::inject_current(&mut headers));
             messages.push(bus::Message {
                 subject: subjects::orders_placed(window),
-                id: placed.order_id.to_string(),
+                id: placing.placed.order_id.to_string(),
                 headers,
-                payload: placed.message().encode_to_vec().into(),
+                payload: placing.placed.message().encode_to_vec().into(),
             });
-            publishing.push((index, wanted, placed));
+            publishing.push((index, placing));
         }
         if messages.is_empty() {
             return answers;
         }
         let published = self.calls.publish(subjects::ORDERS, messages).await;
         let mut before = Vec::new();
-        for ((index, wanted, placed), published) in publishing.into_iter().zip(published) {
+        let now = self.calls.clock.now_ms();
+        for ((index, placing), published) in publishing.into_iter().zip(published) {
             match published {
                 Ok(published) if published.duplicate => before.push(async move {
-                    let stored = self.stored(&wanted, &placed, published.sequence);
+                    let stored = self.stored(&placing, published.sequence, now);
                     (index, stored.instrument(spans[index].clone()).await)
                 }),
-                Ok(_) => answers.push((index, Ok(placed_order(&placed)))),
-                Err(error) => answers.push((index, Err(unknown(&placed, &error)))),
+                Ok(_) => answers.push((index, placing.answer(&placing.placed, now))),
+                Err(error) => answers.push((index, Err(unknown(&placing.placed, &error)))),
             }
         }
         answers.extend(join_all(before).await);
@@ -252,19 +257,20 @@ impl Accept {
     }
 
     /// The message was there before: that one is the order.
-    async fn stored(&self, wanted: &Wanted, placed: &Placed, sequence: u64) -> Result<Order> {
+    async fn stored(&self, placing: &Placing, sequence: u64, now: i64) -> Result<Order> {
+        let Placing { wanted, placed, .. } = placing;
         if let Some(row) = self.sagas.get(wanted.order_id).await? {
             wanted.check_same(&row.sale_id, row.quantity)?;
             return Ok(self.sagas.view(&row).await);
         }
         let Some(message) = self.calls.bus.read(subjects::ORDERS, sequence).await? else {
-            return Ok(placed_order(placed));
+            return placing.answer(placed, now);
         };
         let first =
             OrderPlaced::decode(message.payload).map_err(|e| Error::internal(format!("message {sequence}: {e}")))?;
         let first = Placed::from_message(&first)?;
         wanted.check_same(&first.sale_id, first.quantity)?;
-        Ok(placed_order(&first))
+        placing.answer(&first, now)
     }
 }
 
@@ -273,13 +279,36 @@ enum Decided {
     /// It is an order already, as it is now.
     Known(Order),
     /// It is to be made durable.
-    Place(Wanted, Placed),
+    Place(Placing),
 }
 
-fn placed_by(wanted: &Wanted, grant: &Grant) -> Result<Placed> {
-    let placed = Placed::from_grant(grant)?;
-    wanted.check_same(&placed.sale_id, placed.quantity)?;
-    Ok(placed)
+/// An order on its way into the stream.
+struct Placing {
+    wanted: Wanted,
+    placed: Placed,
+    /// Until when being in the stream is as good as being locked; see [`Grant::kept_until_ms`].
+    kept_until_ms: i64,
+}
+
+impl Placing {
+    fn new(wanted: Wanted, grant: &Grant) -> Result<Self> {
+        let placed = Placed::from_grant(grant)?;
+        wanted.check_same(&placed.sale_id, placed.quantity)?;
+        Ok(Self { wanted, placed, kept_until_ms: grant.kept_until_ms })
+    }
+
+    /// The order of the message that is in the stream at `now`, where it is sure to keep its permit.
+    fn answer(&self, stored: &Placed, now: i64) -> Result<Order> {
+        if now < self.kept_until_ms {
+            return Ok(placed_order(stored));
+        }
+        metrics::counter!("seckill_placed_late_total").increment(1);
+        Err(Error::new(
+            Reason::Overloaded,
+            "the order waits to be locked or refused: try again with the same request_id",
+        )
+        .with_retry_after(Duration::from_secs(1)))
+    }
 }
 
 fn unknown(placed: &Placed, error: &bus::Error) -> Error {

@@ -157,9 +157,14 @@ impl Deref for World {
 impl World {
     /// On embedded backends in a temporary folder.
     pub async fn embedded() -> Self {
+        Self::embedded_as(RoleConfigs::default()).await
+    }
+
+    /// The same, with other settings.
+    pub async fn embedded_as(roles: RoleConfigs) -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let storage = StorageArgs { data_dir: dir.path().to_owned(), ..Default::default() };
-        let mut world = Self::on(storage, RoleConfigs::default()).await;
+        let mut world = Self::on(storage, roles).await;
         world.dir = Some(dir);
         world
     }

@@ -177,7 +177,11 @@ impl Stock for Service {
         let admissions =
             if wishes.is_empty() { Vec::new() } else { self.acquires.submit(wishes).await.map_err(Error::from)? };
         let admissions = merge(admissions, refused, Admission::Refused);
-        let results = items.iter().zip(admissions).map(|(item, admission)| acquire_result(item, admission)).collect();
+        let results = items
+            .iter()
+            .zip(admissions)
+            .map(|(item, admission)| acquire_result(&self.engine, item, admission))
+            .collect();
         Ok(Response::new(AcquirePermitsResponse { results }))
     }
 
@@ -190,7 +194,7 @@ impl Stock for Service {
         let (holds, malformed) = split(&ids, |id| OrderId::parse("hold_ids", id));
         let found = if holds.is_empty() { Vec::new() } else { self.engine.lookup(&holds).await };
         let found = merge(found, malformed, |_| Found::Absent);
-        let results = ids.into_iter().zip(found).map(|(id, found)| lookup_result(id, found)).collect();
+        let results = ids.into_iter().zip(found).map(|(id, found)| lookup_result(&self.engine, id, found)).collect();
         Ok(Response::new(LookupGrantsResponse { results }))
     }
 
@@ -304,8 +308,14 @@ fn deduct(item: &DeductItem) -> Result<(SaleId, Operation)> {
     Ok((SaleId::parse("sale_id", &item.sale_id)?, Operation::Deduct { hold }))
 }
 
-fn grant(hold: &str, sale: &SaleId, grant: crate::domain::permits::Grant, priced: (proto::Money, i64)) -> Grant {
-    let (amount, payment_window_ms) = priced;
+fn grant(
+    engine: &Engine,
+    hold: &str,
+    sale: &SaleId,
+    grant: crate::domain::permits::Grant,
+    (amount, payment_window_ms): (proto::Money, i64),
+) -> Grant {
+    let kept_until_ms = engine.kept_until(&grant);
     Grant {
         hold_id: hold.to_owned(),
         sale_id: sale.to_string(),
@@ -316,16 +326,18 @@ fn grant(hold: &str, sale: &SaleId, grant: crate::domain::permits::Grant, priced
         fresh: false,
         amount: Some((&amount).into()),
         payment_window_ms,
+        kept_until_ms,
     }
 }
 
-fn acquire_result(item: &AcquirePermit, admission: Admission) -> AcquireResult {
+fn acquire_result(engine: &Engine, item: &AcquirePermit, admission: Admission) -> AcquireResult {
     use acquire_result::Result;
     let result = match admission {
         Admission::Granted { grant: granted, fresh, amount, payment_window } => {
             match SaleId::parse("sale", &item.sale_id) {
                 Ok(sale) => {
-                    Result::Granted(Grant { fresh, ..grant(&item.hold_id, &sale, granted, (amount, payment_window)) })
+                    let granted = grant(engine, &item.hold_id, &sale, granted, (amount, payment_window));
+                    Result::Granted(Grant { fresh, ..granted })
                 }
                 Err(error) => Result::Refused(error.into()),
             }
@@ -339,11 +351,11 @@ fn acquire_result(item: &AcquirePermit, admission: Admission) -> AcquireResult {
     AcquireResult { result: Some(result) }
 }
 
-fn lookup_result(hold: String, found: Found) -> LookupResult {
+fn lookup_result(engine: &Engine, hold: String, found: Found) -> LookupResult {
     use lookup_result::Result;
     let result = match found {
         Found::Granted { sale, grant: granted, amount, payment_window } => {
-            Result::Granted(grant(&hold, &sale, granted, (amount, payment_window)))
+            Result::Granted(grant(engine, &hold, &sale, granted, (amount, payment_window)))
         }
         Found::Absent => Result::Absent(()),
         Found::Unknown => Result::Unknown(()),

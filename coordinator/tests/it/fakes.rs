@@ -57,6 +57,9 @@ impl Gate {
     }
 }
 
+/// How long an orphan grant is left alone.
+pub const GRACE_MS: i64 = 5_000;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sale {
     pub free: i64,
@@ -197,6 +200,7 @@ fn grant(hold_id: &str, hold: &Hold, sale: &Sale, fresh: bool) -> Grant {
         fresh,
         amount: Some(Amount { currency: "EUR".to_owned(), units: 19 * hold.quantity, nanos: 0 }),
         payment_window_ms: sale.window_ms,
+        kept_until_ms: hold.granted_at + GRACE_MS,
     }
 }
 

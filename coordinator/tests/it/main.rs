@@ -7,7 +7,7 @@ mod world;
 
 use std::time::Duration;
 
-use fakes::{HoldState, When};
+use fakes::{GRACE_MS, HoldState, When};
 use futures::future::join_all;
 use mesh::{
     bus::{Bus, ConsumerSpec, Message},
@@ -125,10 +125,37 @@ async fn e6_a_permit_that_lapsed_unseen_ends_in_a_rejected_order() {
         state.sales.get_mut(SALE).unwrap().free += 1;
     }
     world.bus.publishing(Publish::Works);
-    assert_eq!(world.accept("alice", 1, &request).await.unwrap().state(), OrderState::Placed);
+    // Nothing that is sure to be refused is called PLACED.
+    assert_eq!(world.accept("alice", 1, &request).await.unwrap_err().reason, Reason::Overloaded);
     world.until(id, "REJECTED").await;
+    assert_eq!(world.accept("alice", 1, &request).await.unwrap().state(), OrderState::Rejected);
     let record = world.fakes.state().records[&id.to_string()].clone();
     assert_eq!((record.state, record.reason), (OrderState::Rejected, Reason::PermitLapsed));
+    assert_eq!(world.units(), (10, 0, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn e11_an_order_that_the_sweep_may_have_overtaken_is_not_called_placed_before_it_is_locked() {
+    let world = World::new().await;
+    for publish in [Publish::Fails, Publish::Forgets] {
+        world.bus.publishing(publish);
+        let request = RequestId::random();
+        world.accept("alice", 1, &request).await.unwrap_err();
+        let id = order_id("alice", &request);
+        // So long ago that the sweep may be at work on it at this moment.
+        world.fakes.state().holds.get_mut(&id.to_string()).unwrap().granted_at -= GRACE_MS;
+        world.fakes.state().down.insert("lock");
+        world.bus.publishing(Publish::Works);
+        for _ in 0..2 {
+            let error = world.accept("alice", 1, &request).await.unwrap_err();
+            assert_eq!(error.reason, Reason::Overloaded, "{publish:?}");
+            assert!(error.retry_after.is_some(), "{publish:?}");
+        }
+        world.fakes.state().down.clear();
+        world.until(id, "AWAITING_PAYMENT").await;
+        assert_eq!(world.accept("alice", 1, &request).await.unwrap().state(), OrderState::AwaitingPayment);
+        world.cancel("alice", id).await.unwrap();
+    }
     assert_eq!(world.units(), (10, 0, 0, 0));
 }
 

@@ -168,6 +168,7 @@ impl Fakes {
             fresh: true,
             amount: Some(Amount { currency: "EUR".into(), units: 10, nanos: 500_000_000 }),
             payment_window_ms: 900_000,
+            kept_until_ms: self.now_ms + 5_000,
         };
         let order = self.order_of(&grant);
         self.grants.lock().unwrap().insert(id.clone(), grant);

@@ -12,7 +12,7 @@ use tokio::sync::Mutex;
 
 use super::Engine;
 use crate::{
-    domain::ledger::Swept,
+    domain::{ledger::Swept, permits::Grant},
     store::{Operation, Outcome},
 };
 
@@ -45,6 +45,12 @@ impl Engine {
                 }
             },
         );
+    }
+
+    /// Until when an order of this grant that is in the stream is locked before the sweep looks at it: a barrier that comes
+    /// after the grace lies behind it. Half of the grace is left for clocks that differ.
+    pub(crate) fn kept_until(&self, grant: &Grant) -> i64 {
+        grant.at.saturating_add(i64::try_from(self.0.config.grant_grace.as_millis() / 2).unwrap_or(i64::MAX))
     }
 
     async fn sweep(&self, barrier: &mut Option<Barrier>) -> Result<()> {

@@ -22,6 +22,9 @@ async fn e11_a_grant_that_became_nothing_is_back_within_the_sweeps_bound() {
         let sale = world.sale(3, 1).await;
         let (lost, placed) = (wanted(&sale, "alice", 1), wanted(&sale, "bob", 1));
         let grant = granted(&world.client, &lost).await;
+        // Whoever is quicker than that is never overtaken by the sweep.
+        let kept_for = grant.kept_until_ms - grant.granted_at_ms;
+        assert_eq!(kept_for as u128, world.config.grant_grace.as_millis() / 2, "{}", world.name);
         world.place(&placed).await.unwrap();
         // The funnel has not passed: bob's order is on its way, and nothing is given back however old it is.
         tokio::time::sleep(world.config.grant_grace * 2).await;

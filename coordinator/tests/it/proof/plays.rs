@@ -77,7 +77,7 @@ impl Play {
                 stage.accept_once().await.unwrap_err();
                 stage.world.bus.publishing(Publish::Works);
                 stage.lapse();
-                stage.accept().await;
+                stage.accept_late().await;
             }
             Play::HoldLost => {
                 stage.hold().await;

@@ -13,7 +13,7 @@ use coordinator::{
 };
 use mesh::bus::Bus;
 use proto::{
-    OrderId, RequestId,
+    OrderId, Reason, RequestId,
     error::Result,
     internal::PaymentState,
     subjects,
@@ -110,6 +110,18 @@ impl Stage {
     pub async fn accept(&mut self) {
         let request = self.request;
         self.ask(move |door| async move { door.accept(SALE, BUYER, 1, &request).await }).await.unwrap();
+    }
+
+    /// In the stream, and too late to be called placed.
+    pub async fn accept_late(&mut self) {
+        let request = self.request;
+        let ask = move |door: Door| async move {
+            match door.accept(SALE, BUYER, 1, &request).await {
+                Err(error) if error.reason == Reason::Overloaded => Ok(Order::default()),
+                answer => answer,
+            }
+        };
+        self.ask(ask).await.unwrap();
     }
 
     /// Accepted and locked.
