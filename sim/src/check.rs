@@ -6,7 +6,7 @@ use std::{
 };
 
 use mesh::{clock::Clock, testing::at_once};
-use proto::{SaleId, v1::OrderState};
+use proto::{FIRST_EPOCH, Reason, SaleId, v1::OrderState};
 use sea_orm::{ConnectionTrait, Statement};
 use seckill::audit::Audit;
 use stock_svc::{
@@ -44,6 +44,9 @@ pub fn check(world: &World, told: &Told) -> Vec<String> {
                 money(world, &states, &mut broken);
             }
             Err(error) => broken.push(format!("orders cannot be read: {error}")),
+        }
+        if let Err(error) = lapses(world, told, &mut broken).await {
+            broken.push(format!("lapsed orders cannot be read: {error}"));
         }
         if let Err(error) = stock(world, told, now, &mut broken).await {
             broken.push(format!("the stock cannot be read: {error}"));
@@ -96,6 +99,27 @@ fn memories(told: &Told, states: &BTreeMap<String, OrderState>, broken: &mut Vec
             broken.push(format!("order {order} was said to be {then}, and is {now}"));
         }
     }
+}
+
+/// E11: while no permits were lost, the sweep takes none of an order that was called placed.
+async fn lapses(world: &World, told: &Told, broken: &mut Vec<String>) -> anyhow::Result<()> {
+    let sale = SaleId::parse("sale", SALE)?;
+    let records = SqlStore::new(world.data.stock.clone()).sales(std::slice::from_ref(&sale)).await?;
+    if records.iter().any(|record| record.ledger.epoch > FIRST_EPOCH) {
+        return Ok(());
+    }
+    let db = &world.data.order;
+    let lapsed = i32::from(Reason::PermitLapsed);
+    let sql = format!("SELECT order_id FROM order_record WHERE reject_reason = {lapsed}");
+    let rows = db.query_all_raw(Statement::from_string(db.get_database_backend(), sql)).await?;
+    let placed = told.placed.lock().unwrap_or_else(PoisonError::into_inner);
+    for row in rows {
+        let order: String = row.try_get("", "order_id")?;
+        if placed.contains(&order) {
+            broken.push(format!("E11: order {order} was placed, and its permit lapsed"));
+        }
+    }
+    Ok(())
 }
 
 /// I4 by the bank's own books.

@@ -3,6 +3,7 @@
 //! Each remembers what it was told: that is what must have been true in the end.
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -12,7 +13,7 @@ use std::{
 
 use mesh::{identity::Scopes, link::Link};
 use proto::{
-    BuyerId, Error, Reason, WireMoney,
+    BuyerId, Error, OrderId, Reason, RequestId, WireMoney,
     v1::{
         AdjustStockRequest, CancelOrderRequest, CloseSaleRequest, CreateSaleRequest, GetOrderRequest, OpenSaleRequest,
         Order, OrderState, PauseSaleRequest, PayOrderRequest, PlaceOrderRequest, RebuildStockRequest,
@@ -40,6 +41,9 @@ pub const SALE: &str = "sale";
 pub struct Told {
     /// Every order that somebody has seen accepted, and the states that it was said to be in, in order.
     pub orders: Mutex<Vec<(String, OrderState)>>,
+    /// The orders that were answered as placed to the very request they are of. (At the limit another one is answered, and a
+    /// late capture's own hold may be taken for one.)
+    pub placed: Mutex<BTreeSet<String>>,
     /// The fewest units that somebody was told are sold out.
     pub sold_out: Mutex<Option<i64>>,
     /// Whether the stock may have been raised.
@@ -48,9 +52,13 @@ pub struct Told {
 
 impl Told {
     fn order(&self, order: &Order) {
-        let id = order.name.trim_start_matches("orders/").to_owned();
+        let id = id(order);
         self.orders.lock().unwrap_or_else(PoisonError::into_inner).push((id, order.state()));
     }
+}
+
+fn id(order: &Order) -> String {
+    order.name.trim_start_matches("orders/").to_owned()
 }
 
 /// Somebody at the door.
@@ -99,11 +107,23 @@ impl Person {
         let request = self.with(message);
         let answer = self.orders.place_order(request).await.map(|r| r.into_inner()).map_err(Error::from);
         self.hear("place", &answer);
+        if let Ok(order) = &answer
+            && order.state() == OrderState::Placed
+            && self.own(request_id).is_ok_and(|own| own.name() == order.name)
+        {
+            self.told.placed.lock().unwrap_or_else(PoisonError::into_inner).insert(id(order));
+        }
         if answer.as_ref().is_err_and(|error| error.reason == Reason::SoldOut) {
             let mut sold_out = self.told.sold_out.lock().unwrap_or_else(PoisonError::into_inner);
             *sold_out = Some(sold_out.map_or(quantity, |fewest| fewest.min(quantity)));
         }
         answer
+    }
+
+    /// The order that a request of this buyer is.
+    fn own(&self, request_id: &str) -> Result<OrderId, Error> {
+        let request = RequestId::parse("request_id", request_id)?;
+        Ok(OrderId::derive(&BuyerId::parse(self.hands.who())?, &request))
     }
 
     async fn get(&mut self, order: &str) -> Result<Order, Error> {
