@@ -168,7 +168,7 @@ pub struct DeadLetter {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The server or file cannot be reached, or did not answer in time. The effect is unknown.
-    #[error("bus: {operation} got no answer")]
+    #[error("bus: {operation} got no answer: {source}")]
     Unavailable {
         /// What was tried.
         operation: &'static str,
@@ -188,8 +188,7 @@ pub enum Error {
 
 impl From<Error> for proto::Error {
     fn from(error: Error) -> Self {
-        let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
-        proto::Error::dependency("the message bus", format!("{error}: {source}"))
+        proto::Error::dependency("the message bus", error.to_string())
     }
 }
 

@@ -155,9 +155,9 @@ impl Bus for NatsBus {
         }
         let inbox = self.link.client.new_inbox();
         let messages =
-            self.link.client.subscribe(inbox.clone()).await.map_err(|e| unavailable("open a consumer", e))?;
+            self.link.client.subscribe(format!("{inbox}.*")).await.map_err(|e| unavailable("open a consumer", e))?;
         let next = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", spec.stream, spec.name);
-        let inbox = Inbox { link: self.link.clone(), subject: inbox, next, messages, open: None };
+        let inbox = Inbox { link: self.link.clone(), subject: inbox, next, messages, pulls: 0, open: None };
         Ok(Arc::new(NatsConsumer { link: self.link.clone(), spec, inbox: inbox.into() }))
     }
 
@@ -382,14 +382,19 @@ impl NatsConsumer {
 /// Where a consumer's messages arrive.
 struct Inbox {
     link: Link,
+    /// Every request has a subject of its own below.
     subject: String,
     next: String,
     messages: Subscriber,
+    /// Requests made.
+    pulls: u64,
     open: Option<Pull>,
 }
 
 /// A request for messages that the server may still answer.
 struct Pull {
+    /// Where the server says how it ended. Messages come under their own subjects.
+    subject: String,
     left: usize,
     until: Instant,
     /// The connection it was sent on, by number.
@@ -425,6 +430,9 @@ impl Inbox {
                     }
                     taken.push(message);
                 }
+                // Of a request that was given up: it says nothing of the one that is open. Taken for its end, it would
+                // have a further one made, one more each time, until the server takes no more.
+                Some(_) if self.open.as_ref().is_none_or(|pull| pull.subject != *message.subject) => {}
                 // Nothing more, or nothing in time.
                 Some(404 | 408) => self.open = None,
                 Some(code) => {
@@ -448,13 +456,15 @@ impl Inbox {
         let expires = deadline.saturating_duration_since(Instant::now()).clamp(ROUND_TRIP, PULL);
         let request = json!({ "batch": max, "expires": nanos(expires), "no_wait": true }).to_string();
         let until = Instant::now() + expires;
-        let ask = self.link.client.publish_with_reply(self.next.clone(), self.subject.clone(), request.into());
+        self.pulls += 1;
+        let subject = format!("{}.{}", self.subject, self.pulls);
+        let ask = self.link.client.publish_with_reply(self.next.clone(), subject.clone(), request.into());
         match timeout_at(until, ask).await {
             Ok(sent) => sent.map_err(|e| unavailable("fetch", e))?,
             // Disconnected, with the way out full: no different from nothing to fetch.
             Err(_) => return Ok(until),
         }
-        self.open = Some(Pull { left: max, until, connection });
+        self.open = Some(Pull { subject, left: max, until, connection });
         Ok(until)
     }
 }
@@ -727,6 +737,31 @@ mod tests {
         fn cut(&mut self) {
             self.running = None;
         }
+    }
+
+    /// A server lets 512 requests wait at a consumer and refuses the next: who leaves one behind now and then is refused
+    /// after some minutes, and for good.
+    #[tokio::test]
+    async fn fetches_in_vain_leave_no_requests_behind() {
+        let Some(url) = crate::testing::server("SECKILL_TEST_NATS_URL") else { return };
+        let bus = NatsBus::connect(&url, &TaskTracker::new()).await.unwrap();
+        let stream: &'static str = format!("T{}", uuid::Uuid::new_v4().simple()).leak();
+        let subjects = vec![&*format!("{stream}.>").leak()];
+        bus.ensure_stream(&StreamSpec { name: stream, subjects, max_age: Duration::from_secs(600) }).await.unwrap();
+        let spec = ConsumerSpec {
+            stream,
+            name: "idle".to_owned(),
+            filter: format!("{stream}.a"),
+            ack_wait: Duration::from_secs(60),
+            max_attempts: None,
+            max_pending: 10,
+        };
+        let consumer = bus.consumer(spec).await.unwrap();
+        for _ in 0..20 {
+            assert!(consumer.fetch(10, ROUND_TRIP).await.unwrap().is_empty());
+        }
+        let info = bus.link.api("look", format!("CONSUMER.INFO.{stream}.idle"), &json!({})).await.unwrap().unwrap();
+        assert!(info["num_waiting"].as_u64().unwrap() <= 1, "{info}");
     }
 
     #[tokio::test]
