@@ -4,6 +4,9 @@
 //! window always has the next one due at its head. A delivery that is not due is sent back with what is left of its
 //! time, computed from the order's own deadline. The deadline is a column too, and a sweep of it is the safety net for
 //! when the bus is away (E18). Neither expires anything early (E33): the saga's deadline is checked on the locked row.
+//!
+//! The sweep keeps behind the lanes. In a storm of deadlines a lane is late because the databases are busy; a sweep that
+//! took the same orders then would do the work twice, make it later, and have still more to sweep.
 
 use std::{
     collections::HashSet,
@@ -36,6 +39,8 @@ const FETCH_WAIT: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(500);
 /// A due order that the funnel has not written yet is asked for again.
 const FUNNEL_LAG: Duration = Duration::from_millis(200);
+/// For how long it counts that a lane was late.
+const LAG_KEPT_MS: i64 = 2_000;
 /// So long after its deadline an order without a saga is left to the funnel alone: once it is written, the deadline
 /// sweep finds it overdue.
 const GIVE_UP_MS: i64 = 10 * 60 * 1000;
@@ -55,6 +60,7 @@ struct Inner {
     /// Expired batches being given back; more wait where they are.
     releasing: Arc<Semaphore>,
     open: Mutex<HashSet<Duration>>,
+    lag: Lag,
     /// Taken while a lane is opened, so that it is opened once.
     opening: tokio::sync::Mutex<()>,
     life: Lifecycle,
@@ -72,6 +78,7 @@ impl Lanes {
             grace_ms: config.deadline_grace_ms,
             releasing: Arc::new(Semaphore::new(config.saga_compensations.max(1))),
             open: Mutex::default(),
+            lag: Lag::default(),
             opening: tokio::sync::Mutex::default(),
             life: life.clone(),
         }))
@@ -123,7 +130,8 @@ impl Lanes {
     pub async fn sweep(&self) {
         let calls = &self.0.engine.context().calls;
         loop {
-            let before = calls.clock.now_ms() - self.0.grace_ms;
+            let now = calls.clock.now_ms();
+            let before = now - self.0.grace_ms - self.0.lag.at(now);
             let waiting = Which { kind: OrderSaga::KIND, states: vec![State::AwaitingPayment.name()] };
             let swept = match calls.store.overdue(waiting, before, self.0.sweep_batch).await {
                 Ok(ids) if ids.is_empty() => return,
@@ -170,6 +178,36 @@ impl Lanes {
     }
 }
 
+/// How late lanes are with orders that they have at hand, in milliseconds: the most of late.
+#[derive(Debug, Default)]
+struct Lag(Mutex<Option<Late>>);
+
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    by: i64,
+    noted_at: i64,
+}
+
+impl Late {
+    fn counts(self, now: i64) -> bool {
+        now - self.noted_at < LAG_KEPT_MS
+    }
+}
+
+impl Lag {
+    fn note(&self, now: i64, by: i64) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.is_none_or(|late| late.by <= by || !late.counts(now)) {
+            *kept = Some(Late { by, noted_at: now });
+        }
+    }
+
+    fn at(&self, now: i64) -> i64 {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.filter(|late| late.counts(now)).map_or(0, |late| late.by)
+    }
+}
+
 struct Lane {
     lanes: Lanes,
     consumer: Arc<dyn Consumer>,
@@ -200,6 +238,8 @@ impl Lane {
     async fn settle(&self, deliveries: Vec<Delivery>) -> Vec<(Delivery, Settlement)> {
         let clock = &self.lanes.0.engine.context().calls.clock;
         let now = clock.now_ms();
+        // With less than a batch at hand, a lane is late because the bus is, and the sweep is there for that.
+        let is_full = deliveries.len() >= self.lanes.0.batch;
         let mut settled = Vec::with_capacity(deliveries.len());
         let mut due = Vec::new();
         for delivery in deliveries {
@@ -217,6 +257,11 @@ impl Lane {
         }
         match self.lanes.expire(due.iter().map(|(_, id, _)| *id).collect()).await {
             Ok(verdicts) => {
+                // What others have expired, or nobody has written, says nothing of how late this lane is.
+                let expired = due.iter().zip(&verdicts).filter(|(_, verdict)| verdict.is_ok());
+                if let Some(late) = expired.map(|((.., expire_at), _)| now - expire_at).max().filter(|_| is_full) {
+                    self.lanes.0.lag.note(clock.now_ms(), late);
+                }
                 let after = due.into_iter().zip(verdicts).map(|((delivery, _, expire_at), verdict)| {
                     let settlement = match verdict {
                         Err(Rejected { current: None }) if now - expire_at < GIVE_UP_MS => Settlement::Nak(FUNNEL_LAG),
@@ -248,4 +293,25 @@ fn deadline(delivery: &Delivery) -> Option<(OrderId, i64)> {
     let message = OrderPlaced::decode(delivery.payload.clone()).ok()?;
     let placed = Placed::from_message(&message).ok()?;
     Some((placed.order_id, placed.expire_at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sweep_keeps_behind_the_latest_lane_until_it_has_caught_up() {
+        let lag = Lag::default();
+        assert_eq!(lag.at(0), 0);
+        lag.note(1_000, 800);
+        // The other lane is on time.
+        lag.note(1_100, 20);
+        assert_eq!(lag.at(1_100), 800);
+        lag.note(1_200, 900);
+        assert_eq!(lag.at(1_200 + LAG_KEPT_MS - 1), 900);
+        // Nobody was as late since.
+        lag.note(1_200 + LAG_KEPT_MS, 30);
+        assert_eq!(lag.at(1_200 + LAG_KEPT_MS), 30);
+        assert_eq!(lag.at(1_200 + 2 * LAG_KEPT_MS), 0, "a lane that is silent holds nothing back");
+    }
 }
