@@ -92,7 +92,8 @@ pub struct Config {
     #[arg(long, env = "SECKILL_SAGA_LEASE_MS", default_value_t = Config::default().saga_lease_ms)]
     pub saga_lease_ms: u64,
 
-    /// How long in milliseconds one step of a batch may take.
+    /// How long in milliseconds one step of a batch may take. All steps of a state together take four fifths of the lease at
+    /// most.
     #[arg(long, env = "SECKILL_SAGA_STEP_TIMEOUT_MS", default_value_t = Config::default().saga_step_timeout_ms)]
     pub saga_step_timeout_ms: u64,
 

@@ -108,7 +108,12 @@ impl Ops {
             abandon(&self.orders, &row, order_saga::Event::Abandoned, patch).await?
         };
         if let Err(rejected) = verdict {
-            let state = rejected.current.map_or(row.state, |row| row.state);
+            let now = rejected.current.unwrap_or(row);
+            if !now.stuck {
+                // Another operator's retry, or the attempt that succeeded, was faster.
+                return Err(not_stuck(&now));
+            }
+            let state = now.state;
             let message = format!("a saga in {state} cannot be abandoned: it goes on until it is done");
             return Err(Error::illegal_state(state, message));
         }
@@ -196,7 +201,7 @@ impl Ops {
 }
 
 async fn abandon<S: Saga>(engine: &Engine<S>, row: &Row, event: S::Event, patch: Patch) -> Result<Verdict> {
-    let change = Change { saga_id: row.saga_id, event, patch, guard: Guard::Version(row.version) };
+    let change = Change { saga_id: row.saga_id, event, patch, guard: Guard::Stuck(row.version) };
     let mut verdicts = engine.apply(vec![change]).await?;
     verdicts.pop().ok_or_else(|| Error::internal("no verdict"))
 }

@@ -14,6 +14,7 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use proto::Error;
+use tokio::time::{Instant, timeout_at};
 
 use super::Saga;
 use crate::store::{Patch, Row};
@@ -102,6 +103,11 @@ impl<S: Saga> Deed<S> {
 
     /// Does it. One outcome per row, in order; all unknown when it took too long. For no rows nobody is called.
     pub async fn run(&self, context: &Arc<S::Context>, rows: &[Row]) -> Outcomes<S> {
+        self.run_until(Instant::now() + self.timeout, context, rows).await
+    }
+
+    /// The same, and it took too long when it is not done by then either.
+    pub async fn run_until(&self, until: Instant, context: &Arc<S::Context>, rows: &[Row]) -> Outcomes<S> {
         if rows.is_empty() {
             return Vec::new();
         }
@@ -110,14 +116,15 @@ impl<S: Saga> Deed<S> {
             mesh::telemetry::link(&span, &row.traceparent);
         }
         let running = tracing::Instrument::instrument((self.run)(context.clone(), rows.to_vec()), span);
-        match tokio::time::timeout(self.timeout, running).await {
+        let began = Instant::now();
+        match timeout_at(until.min(began + self.timeout), running).await {
             Ok(outcomes) if outcomes.len() == rows.len() => outcomes,
             Ok(outcomes) => {
                 let error = Error::internal(format!("{} outcomes for {} sagas", outcomes.len(), rows.len()));
                 vec![Outcome::Unknown(error); rows.len()]
             }
             Err(_) => {
-                let error = Error::dependency("a service", format!("{} took over {:?}", self.name, self.timeout));
+                let error = Error::dependency("a service", format!("{} took over {:?}", self.name, began.elapsed()));
                 vec![Outcome::Unknown(error); rows.len()]
             }
         }

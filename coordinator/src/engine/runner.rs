@@ -8,7 +8,7 @@ use std::{
 
 use mesh::clock::Clock;
 use proto::{Error, OrderId, error::Result};
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     Named, Saga, Work,
@@ -27,7 +27,7 @@ const MAX_ROUNDS: usize = 8;
 /// How much at once, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// For how long who executes a saga may count on being alone.
+    /// For how long who executes a saga may count on being alone. The work of one state ends a fifth before.
     pub lease: Duration,
     /// Batches going forward at once.
     pub forward: usize,
@@ -57,6 +57,8 @@ pub enum Guard {
     None,
     /// The saga has made no transition since.
     Version(i64),
+    /// The same, and it is stuck still.
+    Stuck(i64),
     /// It is about the same attempt to pay.
     Payment(OrderId),
     /// Its deadline is not after this time.
@@ -69,6 +71,7 @@ impl Guard {
         match self {
             Guard::None => true,
             Guard::Version(version) => row.version == version,
+            Guard::Stuck(version) => row.version == version && row.stuck,
             Guard::Payment(payment) => row.payment_id == Some(payment),
             Guard::Due(now) => row.expire_at <= now,
         }
@@ -232,6 +235,9 @@ impl<S: Saga> Engine<S> {
         };
         // Never closed.
         let _permit = capacity.acquire().await;
+        // Another may take the saga up once the lease is over. Whoever worked for longer could not even note that it
+        // failed: the turn would not be its own any more, attempts would not be counted, and nobody would ever be told.
+        let until = Instant::now() + self.limits.lease / 5 * 4;
         let mut left: Vec<(Row, Patch)> = rows.into_iter().map(|row| (row, Patch::default())).collect();
         let mut changes = Vec::new();
         let mut failed = Vec::new();
@@ -240,7 +246,7 @@ impl<S: Saga> Engine<S> {
                 break;
             }
             let before: Vec<Row> = left.iter().map(|(row, _)| row.clone()).collect();
-            let outcomes = deed.run(&self.context, &before).await;
+            let outcomes = deed.run_until(until, &self.context, &before).await;
             let mut going = Vec::with_capacity(left.len());
             for ((mut row, mut patch), outcome) in left.into_iter().zip(outcomes) {
                 match outcome {

@@ -14,6 +14,7 @@ use mesh::{
     testing::{TestDatabase, eventually},
 };
 use proto::{BuyerId, Error, OrderId, RequestId};
+use tokio::time::Instant;
 
 use super::{
     BrokenLog, IllegalTransition, Saga, Work, named,
@@ -29,6 +30,8 @@ pub(crate) const POLICY: Policy = Policy {
     retry: Retry { base: Duration::from_millis(100), cap: Duration::from_secs(1), attempts: 3, goes_on: false },
     timeout: Duration::from_secs(5),
 };
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 const LIMITS: Limits =
     Limits { lease: Duration::from_millis(1_000), forward: 4, compensations: 2, recovery_batch: 100 };
@@ -253,6 +256,10 @@ async fn a_step_that_uses_up_its_attempts_is_stuck_until_an_operator_helps() {
     assert_eq!(world.store.count_stuck().await.unwrap(), 1);
     assert!(world.store.retry(row.saga_id, world.now.load(Ordering::SeqCst)).await.unwrap());
     assert!(!world.store.retry(row.saga_id, 0).await.unwrap(), "not stuck any more");
+    // Whoever would give up on what another has just put back to work.
+    let guard = Guard::Stuck(stuck.version);
+    let late = Change { saga_id: row.saga_id, event: Event::Finished, patch: Patch::default(), guard };
+    assert!(world.engine.apply(vec![late]).await.unwrap()[0].is_err());
     world.recover().await;
     assert_eq!(world.stored(&row).await.state, "DONE");
 }
@@ -326,6 +333,21 @@ async fn a_saga_is_left_alone_until_the_last_who_works_on_it_is_done() {
     assert_eq!(world.script.called(), ["first", "first", "second", "pivot", "last"]);
 }
 
+/// Or nobody would hear of a step that always takes longer than a lease.
+#[tokio::test]
+async fn whoever_cannot_finish_within_its_lease_says_so_while_the_turn_is_its_own() {
+    let mut world = World::new().await;
+    let limits = Limits { lease: Duration::from_millis(50), ..LIMITS };
+    let (clock, _) = Clock::manual(1_000_000);
+    world.engine = Arc::new(Engine::new(demo_plan(), world.script.clone(), world.store.clone(), clock, limits));
+    let row = world.begin().await;
+    let _hold = world.script.hold.write().await;
+    let after = world.drive(row).await;
+    let stored = world.stored(&after).await;
+    assert_eq!((stored.attempts, stored.next_attempt_at), (1, Some(1_000_100)));
+    assert!(stored.last_error.contains("first took over"), "{}", stored.last_error);
+}
+
 #[tokio::test]
 async fn an_outcome_that_comes_too_late_changes_nothing() {
     let world = World::new().await;
@@ -364,8 +386,12 @@ async fn a_step_that_hangs_has_an_unknown_outcome() {
     let plan = Plan::<Demo>::builder(POLICY).pivot("pivot").action(hang).timeout(Duration::from_secs(1)).build();
     let buyer = BuyerId::parse("alice").unwrap();
     let rows = [new_row(OrderId::derive(&buyer, &RequestId::random()))];
-    let outcomes = plan.action("pivot").run(&Arc::new(Script::default()), &rows).await;
-    assert!(matches!(outcomes[..], [Outcome::Unknown(_)]));
+    for (until, takes) in [(HOUR, Duration::from_secs(1)), (Duration::from_millis(10), Duration::from_millis(10))] {
+        let began = Instant::now();
+        let outcomes = plan.action("pivot").run_until(began + until, &Arc::new(Script::default()), &rows).await;
+        assert!(matches!(outcomes[..], [Outcome::Unknown(_)]));
+        assert_eq!(began.elapsed().as_millis(), takes.as_millis(), "or a little more");
+    }
 }
 
 #[test]
