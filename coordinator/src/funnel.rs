@@ -31,6 +31,8 @@ use crate::{
 const MAX_PENDING: usize = 10_000;
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
+/// An order that cannot be dealt with is told of after so many attempts, and again after as many: a minute or two each.
+const TOLD_EVERY: u32 = 32;
 
 /// Opens the funnel's consumer and starts its workers.
 pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifecycle) -> Result<()> {
@@ -127,6 +129,10 @@ impl Funnel {
                 Settlement::DeadLetter(error.to_string())
             }
             Ok(placed) if failed.contains(&placed.order_id) => {
+                if delivery.attempt.is_multiple_of(TOLD_EVERY) {
+                    let (order, attempt) = (placed.order_id, delivery.attempt);
+                    tracing::error!(%order, attempt, "an order is neither locked nor refused, it is tried on");
+                }
                 let doublings = delivery.attempt.saturating_sub(1).min(5);
                 Settlement::Nak(self.retry * (1 << doublings))
             }

@@ -142,7 +142,10 @@ impl Settler {
         for (delivery, id, status) in announced {
             let meaning = sagas.get(&id).map(|row| meaning(row, &status, now, self.grace_ms));
             match meaning {
-                None => settled.push((delivery, Settlement::Nak(UNKNOWN))),
+                None => {
+                    tracing::error!(order = %id, state = status.state().as_str_name(), "a payment of an order without a saga");
+                    settled.push((delivery, Settlement::Nak(UNKNOWN)));
+                }
                 Some(Meaning::Nothing) => settled.push((delivery, Settlement::Ack)),
                 Some(Meaning::Later(delay)) => settled.push((delivery, Settlement::Nak(delay))),
                 Some(Meaning::Happened(event, patch, guard)) => {
