@@ -177,9 +177,7 @@ impl Chaos {
             let what = format!("{} {}: nothing locked {RECOVERY_LIMIT:?} after it", card.kind(), injected.detail);
             self.load.violation(what);
         }
-        for death in self.fleet.revive()? {
-            self.report.note(death);
-        }
+        self.revive()?;
         let silence = self.load.longest_silence(began, Instant::now());
         self.report.add(Row {
             at: began - self.started,

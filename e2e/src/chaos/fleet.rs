@@ -100,6 +100,16 @@ pub struct Replica {
     pub name: String,
     /// The process.
     pub process: Process,
+    /// Whether it has been ready since it was started.
+    was_ready: bool,
+}
+
+/// Somebody's end that was nobody's doing.
+pub struct Death {
+    /// Who, and how.
+    pub what: String,
+    /// Whether it had served: a fault of something that a role calls is no reason to end then. Who has not begun may.
+    pub was_ready: bool,
 }
 
 /// A proxy between a replica and what it calls.
@@ -147,7 +157,7 @@ impl Fleet {
             let log: PathBuf = plan.logs.join(format!("{name}.log"));
             let process = Process::spawn(plan.program, arguments, address, Some(log))
                 .with_context(|| format!("starting {name}"))?;
-            fleet.replicas.push(Replica { role, name, process });
+            fleet.replicas.push(Replica { role, name, process, was_ready: false });
         }
         let started = Instant::now();
         for index in 0..fleet.replicas.len() {
@@ -227,7 +237,8 @@ impl Fleet {
 
     /// Starts a dead replica again and does not wait.
     pub fn launch(&mut self, index: usize) -> Result<()> {
-        let Replica { name, process, .. } = &mut self.replicas[index];
+        let Replica { name, process, was_ready, .. } = &mut self.replicas[index];
+        *was_ready = false;
         process.launch_again().with_context(|| format!("starting {name}"))
     }
 
@@ -235,11 +246,12 @@ impl Fleet {
     /// coming back, is started again, as any supervisor would.
     pub async fn until_ready(&mut self, index: usize, started: Instant) -> Result<Duration> {
         loop {
-            let Replica { name, process, .. } = &mut self.replicas[index];
+            let Replica { name, process, was_ready, .. } = &mut self.replicas[index];
             if process.exited()?.is_some() {
                 process.launch_again().with_context(|| format!("starting {name}"))?;
             }
             if process.is_ready().await {
+                *was_ready = true;
                 return Ok(started.elapsed());
             }
             if started.elapsed() > READY_LIMIT {
@@ -249,13 +261,13 @@ impl Fleet {
         }
     }
 
-    /// Starts again whoever has died by himself; answers their names. Nobody should: a fault of something that a role
-    /// calls is no reason to end.
-    pub fn revive(&mut self) -> Result<Vec<String>> {
+    /// Starts again whoever has died by himself, and answers who.
+    pub fn revive(&mut self) -> Result<Vec<Death>> {
         let mut died = Vec::new();
-        for Replica { name, process, .. } in &mut self.replicas {
+        for Replica { name, process, was_ready, .. } in &mut self.replicas {
             if let Some(status) = process.exited()? {
-                died.push(format!("{name} ended by itself: {status}"));
+                died.push(Death { what: format!("{name} ended by itself: {status}"), was_ready: *was_ready });
+                *was_ready = false;
                 process.launch_again().with_context(|| format!("starting {name}"))?;
             }
         }

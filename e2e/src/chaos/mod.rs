@@ -209,12 +209,20 @@ impl Chaos {
         buyers.await.context("the buyers")
     }
 
+    fn revive(&mut self) -> Result<()> {
+        for death in self.fleet.revive()? {
+            if death.was_ready {
+                self.load.violation(death.what.clone());
+            }
+            self.report.note(death.what);
+        }
+        Ok(())
+    }
+
     /// Waits for every accepted order to end, asks for the audit, and says what came of it all.
     /// False when something was violated.
     pub async fn verdict(mut self) -> Result<bool> {
-        for death in self.fleet.revive()? {
-            self.report.note(death);
-        }
+        self.revive()?;
         println!("\nthe last buyer has gone; waiting for what was accepted");
         let ends = self.load.all_end(END_LIMIT).await;
         self.load.sold_out_is_sold().await;
