@@ -50,6 +50,10 @@ impl Ops {
 
     /// A page of sagas, by id.
     pub async fn list(&self, request: ListSagasRequest) -> Result<ListSagasResponse> {
+        let is_state = |name| order_saga::State::parse(name).is_some() || refund_saga::State::parse(name).is_some();
+        if !request.state.is_empty() && !is_state(&request.state) {
+            return Err(Error::invalid("state", "is no state of a saga"));
+        }
         let size = page_size(request.page_size)?;
         let filter = if request.state.is_empty() { Filter::Stuck } else { Filter::State(request.state) };
         // One more than asked for tells whether there is another page.

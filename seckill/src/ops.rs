@@ -157,9 +157,10 @@ fn told(outcome: anyhow::Result<()>) -> anyhow::Result<bool> {
     }
 }
 
-/// Lines up columns under their heads. The last may be as long as it likes.
+/// Lines up columns under their heads, a row a line whatever is in it. The last may be as long as it likes.
 fn table<const N: usize>(heads: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
-    let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).collect();
+    let plain = |row: [String; N]| row.map(|cell| cell.replace(char::is_control, " "));
+    let rows: Vec<[String; N]> = std::iter::once(heads.map(str::to_owned)).chain(rows).map(plain).collect();
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..N).map(width).collect();
     let mut text = String::new();
@@ -210,5 +211,6 @@ mod tests {
         let rows = [["a".to_owned(), "b c".to_owned()], ["longer".to_owned(), String::new()]];
         assert_eq!(table(["id", "error"], rows), "id      error\na       b c\nlonger\n");
         assert_eq!(table(["id"], []), "id\n");
+        assert_eq!(table(["error"], [["two\nlines".to_owned()]]), "error\ntwo lines\n");
     }
 }
