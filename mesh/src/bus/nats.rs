@@ -55,6 +55,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The server forgets message ids after this.
 const DEDUPE: Duration = Duration::from_secs(120);
 
+/// The longest pause before the next attempt to reach a server that is away.
+const RECONNECT: Duration = Duration::from_millis(250);
+
 /// How long a request for messages stays open at most, and so how long one that was lost can hold a fetch up.
 const PULL: Duration = Duration::from_secs(5);
 
@@ -100,6 +103,8 @@ impl NatsBus {
             // A connection that died without a word is found out within two of these.
             .ping_interval(Duration::from_secs(10))
             .max_reconnects(None)
+            // The driver's own delay doubles up to four seconds: an outage would last nearly twice as long for us.
+            .reconnect_delay_callback(|attempts| RECONNECT.min(Duration::from_millis(1 << attempts.min(10))))
             .event_callback(|event| async move { tracing::info!(%event, "nats") })
             .connect(servers);
         let client = connecting.await.map_err(|e| unavailable("connect", e))?;
