@@ -56,6 +56,9 @@ impl Ops {
         }
         let size = page_size(request.page_size)?;
         let filter = if request.state.is_empty() { Filter::Stuck } else { Filter::State(request.state) };
+        if !request.page_token.is_empty() && request.page_token.parse::<OrderId>().is_err() {
+            return Err(Error::invalid("page_token", "is not one that was given out"));
+        }
         // One more than asked for tells whether there is another page.
         let mut rows = self.calls.store.list(&filter, &request.page_token, size + 1).await?;
         let more = rows.len() as u64 > size;
@@ -98,8 +101,11 @@ impl Ops {
     /// Gives up on a stuck saga. Before the pivot it compensates; after it the operator owns what is left.
     pub async fn abandon(&self, request: &AbandonSagaRequest) -> Result<WireSaga> {
         let reason = request.reason.trim();
-        if reason.is_empty() || reason.chars().count() > MAX_REASON {
-            return Err(Error::invalid("reason", format!("must be 1 to {MAX_REASON} characters")));
+        if reason.is_empty() {
+            return Err(Error::invalid("reason", "must be given"));
+        }
+        if reason.chars().count() > MAX_REASON {
+            return Err(Error::invalid("reason", format!("must be at most {MAX_REASON} characters")));
         }
         let row = self.find(&request.saga).await?;
         if !row.stuck {

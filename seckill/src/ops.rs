@@ -1,6 +1,10 @@
 //! Operators' verbs, spoken at a running mesh's door: the gateway's public API, as a table for people or as its JSON.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+    time::Duration,
+};
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
@@ -68,8 +72,11 @@ impl Output {
             Output::Table => table(answer),
             Output::Json => String::from_utf8(gateway::json::print(name, answer)?).context("JSON is text")?,
         };
-        println!("{}", text.trim_end());
-        Ok(())
+        match writeln!(io::stdout(), "{}", text.trim_end()) {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.context("printing the answer"),
+        }
     }
 }
 

@@ -688,6 +688,9 @@ async fn e24_late_money_gets_a_unit_or_goes_back_exactly_once() {
     let unknown = v1::ListSagasRequest { state: "CLSOED".to_owned(), ..Default::default() };
     let error = proto::Error::from(world.client().list_sagas(unknown).await.unwrap_err());
     assert_eq!((error.reason, error.field.as_deref()), (Reason::InvalidField, Some("state")));
+    let made_up = v1::ListSagasRequest { page_token: "zzz".to_owned(), ..Default::default() };
+    let error = proto::Error::from(world.client().list_sagas(made_up).await.unwrap_err());
+    assert_eq!((error.reason, error.field.as_deref()), (Reason::InvalidField, Some("page_token")));
     let closed = v1::ListSagasRequest { state: "CLOSED".to_owned(), ..Default::default() };
     let sagas = world.client().list_sagas(closed).await.unwrap().into_inner().sagas;
     assert_eq!((sagas.len(), sagas[0].kind.as_str()), (1, "refund_saga"));
