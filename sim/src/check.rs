@@ -81,8 +81,13 @@ async fn states(world: &World) -> Result<BTreeMap<String, OrderState>, sea_orm::
 }
 
 /// I5, and that nobody was told what was not so: an accepted order is there in the end, and one that was paid stays so.
+/// E2: every order is one request's.
 fn memories(told: &Told, states: &BTreeMap<String, OrderState>, broken: &mut Vec<String>) {
     use OrderState::{Cancelled, Expired, Paid, Refunded, Rejected};
+    let asked = told.asked.lock().unwrap_or_else(PoisonError::into_inner);
+    for order in states.keys().filter(|order| !asked.contains(*order)) {
+        broken.push(format!("E2: order {order} is of no request"));
+    }
     for (order, then) in told.orders.lock().unwrap_or_else(PoisonError::into_inner).iter() {
         let Some(now) = states.get(order) else {
             broken.push(format!("I5: order {order} was accepted and is lost"));

@@ -41,6 +41,8 @@ pub const SALE: &str = "sale";
 pub struct Told {
     /// Every order that somebody has seen accepted, and the states that it was said to be in, in order.
     pub orders: Mutex<Vec<(String, OrderState)>>,
+    /// The orders that were asked for, each known by its request: there may be no other.
+    pub asked: Mutex<BTreeSet<String>>,
     /// The orders that were answered as placed to the very request they are of. (At the limit another one is answered, and a
     /// late capture's own hold may be taken for one.)
     pub placed: Mutex<BTreeSet<String>>,
@@ -52,13 +54,9 @@ pub struct Told {
 
 impl Told {
     fn order(&self, order: &Order) {
-        let id = id(order);
+        let id = order.name.trim_start_matches("orders/").to_owned();
         self.orders.lock().unwrap_or_else(PoisonError::into_inner).push((id, order.state()));
     }
-}
-
-fn id(order: &Order) -> String {
-    order.name.trim_start_matches("orders/").to_owned()
 }
 
 /// Somebody at the door.
@@ -104,14 +102,16 @@ impl Person {
 
     async fn place(&mut self, quantity: i64, request_id: &str) -> Result<Order, Error> {
         let message = PlaceOrderRequest { sale: SALE.into(), quantity, request_id: request_id.to_owned() };
+        let own = self.own(request_id)?;
+        self.told.asked.lock().unwrap_or_else(PoisonError::into_inner).insert(own.to_string());
         let request = self.with(message);
         let answer = self.orders.place_order(request).await.map(|r| r.into_inner()).map_err(Error::from);
         self.hear("place", &answer);
         if let Ok(order) = &answer
             && order.state() == OrderState::Placed
-            && self.own(request_id).is_ok_and(|own| own.name() == order.name)
+            && order.name == own.name()
         {
-            self.told.placed.lock().unwrap_or_else(PoisonError::into_inner).insert(id(order));
+            self.told.placed.lock().unwrap_or_else(PoisonError::into_inner).insert(own.to_string());
         }
         if answer.as_ref().is_err_and(|error| error.reason == Reason::SoldOut) {
             let mut sold_out = self.told.sold_out.lock().unwrap_or_else(PoisonError::into_inner);
