@@ -178,7 +178,8 @@ impl Lanes {
     }
 }
 
-/// How late lanes are with orders that they have at hand, in milliseconds: the most of late.
+/// How late lanes are with orders that they have at hand, in milliseconds: the most that was noted in the last two seconds
+/// ([`LAG_KEPT_MS`]).
 #[derive(Debug, Default)]
 struct Lag(Mutex<Option<Late>>);
 

@@ -108,9 +108,6 @@ impl Ops {
             return Err(Error::invalid("reason", format!("must be at most {MAX_REASON} characters")));
         }
         let row = self.find(&request.saga).await?;
-        if !row.stuck {
-            return Err(not_stuck(&row));
-        }
         let patch = Patch { detail: Some(format!("abandoned: {reason}")), ..Patch::default() };
         let verdict = if row.kind == RefundSaga::KIND {
             abandon(&self.orders.context().refunds, &row, refund_saga::Event::Abandoned, patch).await?
@@ -119,8 +116,8 @@ impl Ops {
         };
         if let Err(rejected) = verdict {
             let now = rejected.current.unwrap_or(row);
+            // Never was, or another operator's retry or the attempt that succeeded was faster.
             if !now.stuck {
-                // Another operator's retry, or the attempt that succeeded, was faster.
                 return Err(not_stuck(&now));
             }
             let state = now.state;

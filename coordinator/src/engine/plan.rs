@@ -14,7 +14,7 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use proto::Error;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use super::Saga;
 use crate::store::{Patch, Row};
@@ -116,15 +116,15 @@ impl<S: Saga> Deed<S> {
             mesh::telemetry::link(&span, &row.traceparent);
         }
         let running = tracing::Instrument::instrument((self.run)(context.clone(), rows.to_vec()), span);
-        let began = Instant::now();
-        match timeout_at(until.min(began + self.timeout), running).await {
+        let allowed = self.timeout.min(until.saturating_duration_since(Instant::now()));
+        match timeout(allowed, running).await {
             Ok(outcomes) if outcomes.len() == rows.len() => outcomes,
             Ok(outcomes) => {
                 let error = Error::internal(format!("{} outcomes for {} sagas", outcomes.len(), rows.len()));
                 vec![Outcome::Unknown(error); rows.len()]
             }
             Err(_) => {
-                let error = Error::dependency("a service", format!("{} took over {:?}", self.name, began.elapsed()));
+                let error = Error::dependency("a service", format!("{} took over {allowed:.1?}", self.name));
                 vec![Outcome::Unknown(error); rows.len()]
             }
         }

@@ -104,6 +104,13 @@ pub struct Replica {
     was_ready: bool,
 }
 
+impl Replica {
+    fn launch(&mut self) -> Result<()> {
+        self.was_ready = false;
+        self.process.launch_again().with_context(|| format!("starting {}", self.name))
+    }
+}
+
 /// Somebody's end that was nobody's doing.
 pub struct Death {
     /// Who, and how.
@@ -237,25 +244,23 @@ impl Fleet {
 
     /// Starts a dead replica again and does not wait.
     pub fn launch(&mut self, index: usize) -> Result<()> {
-        let Replica { name, process, was_ready, .. } = &mut self.replicas[index];
-        *was_ready = false;
-        process.launch_again().with_context(|| format!("starting {name}"))
+        self.replicas[index].launch()
     }
 
     /// Waits until a replica that was started then is ready. One that ends instead, because a server it needs is still
     /// coming back, is started again, as any supervisor would.
     pub async fn until_ready(&mut self, index: usize, started: Instant) -> Result<Duration> {
         loop {
-            let Replica { name, process, was_ready, .. } = &mut self.replicas[index];
-            if process.exited()?.is_some() {
-                process.launch_again().with_context(|| format!("starting {name}"))?;
+            let replica = &mut self.replicas[index];
+            if replica.process.exited()?.is_some() {
+                replica.launch()?;
             }
-            if process.is_ready().await {
-                *was_ready = true;
+            if replica.process.is_ready().await {
+                replica.was_ready = true;
                 return Ok(started.elapsed());
             }
             if started.elapsed() > READY_LIMIT {
-                bail!("{name} is not ready {READY_LIMIT:?} after its start");
+                bail!("{} is not ready {READY_LIMIT:?} after its start", replica.name);
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -264,11 +269,11 @@ impl Fleet {
     /// Starts again whoever has died by himself, and answers who.
     pub fn revive(&mut self) -> Result<Vec<Death>> {
         let mut died = Vec::new();
-        for Replica { name, process, was_ready, .. } in &mut self.replicas {
-            if let Some(status) = process.exited()? {
-                died.push(Death { what: format!("{name} ended by itself: {status}"), was_ready: *was_ready });
-                *was_ready = false;
-                process.launch_again().with_context(|| format!("starting {name}"))?;
+        for replica in &mut self.replicas {
+            if let Some(status) = replica.process.exited()? {
+                let what = format!("{} ended by itself: {status}", replica.name);
+                died.push(Death { what, was_ready: replica.was_ready });
+                replica.launch()?;
             }
         }
         Ok(died)

@@ -744,38 +744,8 @@ mod tests {
         }
     }
 
-    /// A server lets 512 requests wait at a consumer and refuses the next: who leaves one behind now and then is refused
-    /// after some minutes, and for good.
-    #[tokio::test]
-    async fn fetches_in_vain_leave_no_requests_behind() {
-        let Some(url) = crate::testing::server("SECKILL_TEST_NATS_URL") else { return };
-        let bus = NatsBus::connect(&url, &TaskTracker::new()).await.unwrap();
-        let stream: &'static str = format!("T{}", uuid::Uuid::new_v4().simple()).leak();
-        let subjects = vec![&*format!("{stream}.>").leak()];
-        bus.ensure_stream(&StreamSpec { name: stream, subjects, max_age: Duration::from_secs(600) }).await.unwrap();
-        let spec = ConsumerSpec {
-            stream,
-            name: "idle".to_owned(),
-            filter: format!("{stream}.a"),
-            ack_wait: Duration::from_secs(60),
-            max_attempts: None,
-            max_pending: 10,
-        };
-        let consumer = bus.consumer(spec).await.unwrap();
-        for _ in 0..20 {
-            assert!(consumer.fetch(10, ROUND_TRIP).await.unwrap().is_empty());
-        }
-        let info = bus.link.api("look", format!("CONSUMER.INFO.{stream}.idle"), &json!({})).await.unwrap().unwrap();
-        assert!(info["num_waiting"].as_u64().unwrap() <= 1, "{info}");
-    }
-
-    #[tokio::test]
-    async fn e17_a_publish_without_a_server_is_unknown_and_everything_goes_on_afterwards() {
-        let Some(url) = crate::testing::server("SECKILL_TEST_NATS_URL") else { return };
-        let server = url.trim_start_matches("nats://").to_owned();
-        let mut wire = Wire { listen: ([127, 0, 0, 1], 0).into(), server, running: None };
-        wire.connect().await;
-        let bus = NatsBus::connect(&format!("nats://{}", wire.listen), &TaskTracker::new()).await.unwrap();
+    /// With a consumer of all of it, `c`.
+    async fn stream_of_its_own(bus: &NatsBus) -> (&'static str, Arc<dyn Consumer>) {
         let stream: &'static str = format!("T{}", uuid::Uuid::new_v4().simple()).leak();
         let subjects = vec![&*format!("{stream}.>").leak()];
         bus.ensure_stream(&StreamSpec { name: stream, subjects, max_age: Duration::from_secs(600) }).await.unwrap();
@@ -787,7 +757,31 @@ mod tests {
             max_attempts: None,
             max_pending: 10,
         };
-        let consumer = bus.consumer(spec).await.unwrap();
+        (stream, bus.consumer(spec).await.unwrap())
+    }
+
+    /// A server lets 512 requests wait at a consumer and refuses the next: who leaves one behind now and then is refused
+    /// after some minutes, and for good.
+    #[tokio::test]
+    async fn fetches_in_vain_leave_no_requests_behind() {
+        let Some(url) = crate::testing::server("SECKILL_TEST_NATS_URL") else { return };
+        let bus = NatsBus::connect(&url, &TaskTracker::new()).await.unwrap();
+        let (stream, consumer) = stream_of_its_own(&bus).await;
+        for _ in 0..20 {
+            assert!(consumer.fetch(10, ROUND_TRIP).await.unwrap().is_empty());
+        }
+        let info = bus.link.api("look", format!("CONSUMER.INFO.{stream}.c"), &json!({})).await.unwrap().unwrap();
+        assert!(info["num_waiting"].as_u64().unwrap() <= 1, "{info}");
+    }
+
+    #[tokio::test]
+    async fn e17_a_publish_without_a_server_is_unknown_and_everything_goes_on_afterwards() {
+        let Some(url) = crate::testing::server("SECKILL_TEST_NATS_URL") else { return };
+        let server = url.trim_start_matches("nats://").to_owned();
+        let mut wire = Wire { listen: ([127, 0, 0, 1], 0).into(), server, running: None };
+        wire.connect().await;
+        let bus = NatsBus::connect(&format!("nats://{}", wire.listen), &TaskTracker::new()).await.unwrap();
+        let (stream, consumer) = stream_of_its_own(&bus).await;
         let message = |id: &str| Message {
             subject: format!("{stream}.a"),
             id: id.into(),
