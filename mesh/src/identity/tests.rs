@@ -90,33 +90,47 @@ async fn e39_a_wrong_scope_is_denied() {
 #[tokio::test]
 async fn forged_tokens_are_refused() {
     let (verifier, minter, _) = hs256().await;
+    refuses_forged_tokens(&verifier, &minter);
+    let token = minter.mint(&alice(), buyer(), MINUTE).unwrap();
+    verifier.verify(&bearer(&token)).unwrap();
+    // Its header is known from now on, which must open no door.
+    refuses_forged_tokens(&verifier, &minter);
+}
+
+fn refuses_forged_tokens(verifier: &Verifier, minter: &Minter) {
     let token = minter.mint(&alice(), buyer(), MINUTE).unwrap();
     let [header, claims, signature] = token.split('.').collect::<Vec<_>>()[..] else { panic!("three parts") };
 
     let others = Auth::hs256("another secret of thirty-two bytes or more".parse().unwrap());
     let foreign = others.minter(Clock::manual(NOW_MS).0).unwrap().mint(&alice(), buyer(), MINUTE).unwrap();
-    assert_refused(&verifier, &foreign, "a foreign key");
+    assert_refused(verifier, &foreign, "a foreign key");
 
     let for_bob = minter.mint(&BuyerId::parse("bob").unwrap(), buyer(), MINUTE).unwrap();
     let bobs_claims = for_bob.split('.').nth(1).unwrap();
-    assert_refused(&verifier, &format!("{header}.{bobs_claims}.{signature}"), "another's claims");
+    assert_refused(verifier, &format!("{header}.{bobs_claims}.{signature}"), "another's claims");
 
     // {"alg":"none","typ":"JWT"}, in the spellings that have worked elsewhere.
     for none in ["eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0", "eyJhbGciOiJOb25lIn0", "eyJhbGciOiIifQ", "e30"] {
-        assert_refused(&verifier, &format!("{none}.{claims}."), "no algorithm");
-        assert_refused(&verifier, &format!("{none}.{claims}.{signature}"), "no algorithm");
+        assert_refused(verifier, &format!("{none}.{claims}."), "no algorithm");
+        assert_refused(verifier, &format!("{none}.{claims}.{signature}"), "no algorithm");
     }
-    assert_refused(&verifier, &format!("{header}.{claims}."), "no signature");
+    assert_refused(verifier, &format!("{header}.{claims}."), "no signature");
     for junk in ["", ".", "..", "...", "a.b.c", "ä.ö.ü", &"a".repeat(100_000)] {
-        assert_refused(&verifier, junk, "no token at all");
+        assert_refused(verifier, junk, "no token at all");
     }
+
+    // Four parts, the first of them a header that is known once a good token has come: signed, and no token still.
+    let four = format!("{header}.e30.{claims}");
+    let signed =
+        jsonwebtoken::crypto::sign(four.as_bytes(), &EncodingKey::from_secret(secret().as_bytes()), Algorithm::HS256);
+    assert_refused(verifier, &format!("{four}.{}", signed.unwrap()), "four parts");
 
     let hs512 = jsonwebtoken::encode(
         &Header::new(Algorithm::HS512),
         &json!({ "sub": "alice", "exp": NOW_S + 60 }),
         &EncodingKey::from_secret(secret().as_bytes()),
     );
-    assert_refused(&verifier, &hs512.unwrap(), "the right key by another algorithm");
+    assert_refused(verifier, &hs512.unwrap(), "the right key by another algorithm");
 
     let critical = Header { crit: Some(vec!["b64".to_owned()]), ..Header::default() };
     let critical = jsonwebtoken::encode(
@@ -124,7 +138,7 @@ async fn forged_tokens_are_refused() {
         &json!({ "sub": "alice", "exp": NOW_S + 60 }),
         &EncodingKey::from_secret(secret().as_bytes()),
     );
-    assert_refused(&verifier, &critical.unwrap(), "a critical header that we do not know");
+    assert_refused(verifier, &critical.unwrap(), "a critical header that we do not know");
 }
 
 #[tokio::test]
@@ -150,6 +164,8 @@ async fn claims_must_be_there_and_hold() {
     ] {
         assert_refused(&verifier, &signed(&bad), because);
     }
+    let listed = json!(["alice", exp, null, null, null, "buyer operator"]);
+    assert_refused(&verifier, &signed(&listed), "claims that are no object");
 }
 
 #[tokio::test]
