@@ -6,17 +6,20 @@
 use std::{
     convert::Infallible,
     net::SocketAddr,
-    task::{Context, Poll},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
-use futures::{FutureExt, future::BoxFuture};
+use futures::FutureExt;
 use http::{HeaderValue, header};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::{conn::auto, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
+use pin_project_lite::pin_project;
 use tokio::net::{TcpListener, TcpStream};
 use tower::Service;
 
@@ -78,10 +81,11 @@ where
         };
         tokio::pin!(farewell);
         let (to_all, life) = (&graceful, &stopping);
+        let shared = Arc::new(life.clone());
         let welcome = move |stream: TcpStream| {
             // Only costs latency when it fails.
             let _ = stream.set_nodelay(true);
-            let service = TowerToHyperService::new(Farewell { inner: service.clone(), life: life.clone() });
+            let service = TowerToHyperService::new(Farewell { inner: service.clone(), life: shared.clone() });
             let connection = to_all.watch(builder.serve_connection(TokioIo::new(stream), service).into_owned());
             life.spawn(async move {
                 if let Err(error) = connection.await {
@@ -118,32 +122,51 @@ where
 #[derive(Clone)]
 struct Farewell<S> {
     inner: S,
-    life: Lifecycle,
+    /// Shared, since cloning a life takes a lock, and this is cloned for every request.
+    life: Arc<Lifecycle>,
 }
 
 impl<S, R, B> Service<http::Request<R>> for Farewell<S>
 where
     S: Service<http::Request<R>, Response = http::Response<B>>,
-    S::Future: Send + 'static,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = BoxFuture<'static, Result<S::Response, S::Error>>;
+    type Future = Parting<S::Future>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, request: http::Request<R>) -> Self::Future {
-        let is_first = request.version() <= http::Version::HTTP_11;
-        let (life, answer) = (self.life.clone(), self.inner.call(request));
-        Box::pin(async move {
-            let mut answer = answer.await?;
-            if is_first && life.is_stopping() {
-                answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            }
-            Ok(answer)
-        })
+        let life = (request.version() <= http::Version::HTTP_11).then(|| self.life.clone());
+        Parting { answer: self.inner.call(request), life }
+    }
+}
+
+pin_project! {
+    /// An answer on its way out.
+    struct Parting<F> {
+        #[pin]
+        answer: F,
+        // Where a last word is to be said.
+        life: Option<Arc<Lifecycle>>,
+    }
+}
+
+impl<F, B, E> Future for Parting<F>
+where
+    F: Future<Output = Result<http::Response<B>, E>>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let mut answer = ready!(this.answer.poll(context))?;
+        if this.life.as_ref().is_some_and(|life| life.is_stopping()) {
+            answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        Poll::Ready(Ok(answer))
     }
 }
 
