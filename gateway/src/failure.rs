@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use axum::body::Body;
-use http::{HeaderValue, Response, StatusCode, header};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use proto::{
     Error, Reason,
     error::{DOMAIN, RETRY_PUSHBACK, code_name},
 };
 use serde::Serialize;
+use tonic::Status;
 
 #[derive(Serialize)]
 struct Envelope<'a> {
@@ -77,10 +79,56 @@ pub fn json(error: &Error) -> Vec<u8> {
     json_with_code(error, error.reason.http_status())
 }
 
+/// An error that a crowd is told: made an answer once, in both protocols.
+#[derive(Debug)]
+pub struct Prepared {
+    error: Error,
+    /// The HTTP answer's headers and body.
+    headers: HeaderMap,
+    json: Bytes,
+    /// The gRPC answer, which is headers only.
+    grpc: HeaderMap,
+}
+
+impl Prepared {
+    /// Of this error.
+    pub fn new(error: Error) -> Self {
+        let (headers, json) = (headers(&error), json(&error).into());
+        let grpc = Status::from(error.clone()).into_http::<()>().into_parts().0.headers;
+        Self { error, headers, json, grpc }
+    }
+
+    /// What it is of.
+    pub fn error(&self) -> &Error {
+        &self.error
+    }
+
+    /// As an HTTP answer: what [`response`] makes of the error.
+    pub fn http(&self) -> Response<Body> {
+        assemble(self.error.reason.http_status(), self.headers.clone(), self.json.clone())
+    }
+
+    /// As a gRPC answer.
+    pub fn grpc(&self) -> Response<Body> {
+        let mut response = Response::new(Body::empty());
+        *response.headers_mut() = self.grpc.clone();
+        response
+    }
+}
+
 fn with_code(error: &Error, code: StatusCode) -> Response<Body> {
-    let mut response = Response::new(Body::from(json_with_code(error, code)));
+    assemble(code, headers(error), json_with_code(error, code).into())
+}
+
+fn assemble(code: StatusCode, headers: HeaderMap, json: Bytes) -> Response<Body> {
+    let mut response = Response::new(Body::from(json));
     *response.status_mut() = code;
-    let headers = response.headers_mut();
+    *response.headers_mut() = headers;
+    response
+}
+
+fn headers(error: &Error) -> HeaderMap {
+    let mut headers = HeaderMap::with_capacity(4);
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(after) = retry_after(error) {
         headers.insert(header::RETRY_AFTER, after);
@@ -91,7 +139,7 @@ fn with_code(error: &Error, code: StatusCode) -> Response<Body> {
     if error.reason == Reason::Unauthenticated {
         headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    response
+    headers
 }
 
 fn json_with_code(error: &Error, code: StatusCode) -> Vec<u8> {
@@ -163,6 +211,20 @@ mod tests {
         assert_eq!(of(Reason::Overloaded), (503, Some("1".into()), Some("500".into())));
         assert_eq!(of(Reason::SaleNotStarted), (400, None, None));
         assert_eq!(of(Reason::BodyTooLarge), (413, None, None));
+    }
+
+    #[tokio::test]
+    async fn what_a_crowd_is_told_is_what_each_would_be_told() {
+        use http_body_util::BodyExt;
+        for error in [Error::new(Reason::SoldOut, "sold out"), Error::new(Reason::AllHeld, "every unit is held")] {
+            let (prepared, single) = (Prepared::new(error.clone()), response(&error));
+            let told = prepared.http();
+            assert_eq!((told.status(), told.headers()), (single.status(), single.headers()));
+            let bytes = |response: Response<Body>| async { response.into_body().collect().await.unwrap().to_bytes() };
+            assert_eq!(bytes(told).await, bytes(single).await);
+            let single = Status::from(error).into_http::<()>();
+            assert_eq!((prepared.grpc().status(), prepared.grpc().headers()), (single.status(), single.headers()));
+        }
     }
 
     #[test]

@@ -5,27 +5,19 @@
 //! be in vain before anything is taken (I9), and hands on the rest.
 //!
 //! ```text
-//!   JSON ──> transcode ──┐
-//!                        ├──> layers (gate, deadline, trace) ──> front ──> service::{sales, orders, operations}
-//!   gRPC ────────────────┘
-//!            PlaceOrder, either way, once the desk has looked at it (quick, service::orders)
-//!   health, reflection ──────> answered at once, whatever the load (E50)
-//!   webhook ─────────────────> payment-svc, through places of its own
+//!          JSON ──> transcode ──┐
+//!   door ──┤                    ├──> layers (gate, deadline, trace) ──> front ──> service::{sales, orders, operations}
+//!          gRPC ────────────────┘
+//!          PlaceOrder, either way, once the desk has looked at it (service::orders)
+//!          health, reflection ──────> answered at once, whatever the load (E50)
+//!          webhook ─────────────────> payment-svc, through places of its own
 //! ```
 
 #![deny(missing_docs)]
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use anyhow::Context;
-use axum::{
-    Router,
-    extract::{Request, State},
-    response::Response,
-    routing,
-};
-use http::{HeaderValue, Method, header};
-use http_body_util::Full;
 use mesh::{
     bus::SharedBus,
     clock::Clock,
@@ -36,18 +28,17 @@ use mesh::{
 };
 use prost::Message;
 use proto::{
-    Error, OrderId, Reason,
+    OrderId,
     internal::{OrdersChanged, SaleChanged},
     subjects::{ORDERS_CHANGED, SALES_CHANGED},
     v1::{operations_server::OperationsServer, orders_server::OrdersServer, sales_server::SalesServer},
 };
-use tokio::time::timeout;
 use tonic::service::Routes;
-use tower::ServiceExt;
 
 mod accepted;
 mod config;
 mod contract;
+mod door;
 mod failure;
 mod front;
 pub mod json;
@@ -60,9 +51,11 @@ mod watch;
 mod webhook;
 
 pub use config::Config;
+pub use door::Door;
 
 use accepted::Accepted;
 use contract::Contract;
+use door::Ways;
 use front::Front;
 use service::{
     Callers,
@@ -74,9 +67,7 @@ use service::{
 use soldout::SoldOut;
 use transcode::Transcoder;
 use watch::{Registry, Signal};
-
-/// The rpc that everybody calls at once.
-const PLACE_ORDER: &str = "/seckill.v1.Orders/PlaceOrder";
+use webhook::Webhook;
 
 /// Bytes of one request, at most: an order is some two hundred.
 const MAX_BODY: usize = 64 * 1024;
@@ -106,23 +97,8 @@ impl std::fmt::Debug for Backends {
     }
 }
 
-/// Every public rpc with its layers on.
-type Public = layers::Server<Front>;
-
-/// Which of the protocols a request speaks.
-#[derive(Clone)]
-struct Door {
-    json: Arc<Transcoder<Public>>,
-    public: Public,
-    desk: Desk,
-    /// How long a request's body may take to come.
-    patience: Duration,
-    /// Health and reflection.
-    tools: Routes,
-}
-
 /// Starts the gateway: listens to the bus, and answers what to serve with [`mesh::serve`].
-pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<Router> {
+pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyhow::Result<Door> {
     let contract = Arc::new(Contract::load().context("the public contract")?);
     let document = openapi::document(&contract);
 
@@ -156,61 +132,9 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
         ServerConfig { max_in_flight: config.max_in_flight, max_timeout: config.request_timeout + LONGEST_WAIT };
     let public = layers::server(Front::new(rpcs, config.request_timeout), limits);
     let json = Arc::new(Transcoder::new(contract, public.clone(), desk.clone(), config.request_timeout));
-    let door = Door { json, public, desk, patience: config.request_timeout, tools: tools(life).await? };
-
-    let document = axum::body::Bytes::from(document);
-    let serve_document = move || {
-        let document = document.clone();
-        async move { ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], document) }
-    };
-    let webhook = webhook::Webhook::new(backends.payment, config.request_timeout);
-    Ok(Router::new()
-        .route("/openapi.json", routing::get(serve_document).fallback(only_get))
-        .route(webhook::PATH, routing::post(webhook::receive).with_state(webhook).fallback(only_post))
-        .fallback(enter)
-        .with_state(door))
-}
-
-/// gRPC goes to its services as it is, everything else is HTTP/JSON.
-async fn enter(State(door): State<Door>, request: Request) -> Response {
-    let kind = request.headers().get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
-    if !kind.starts_with(b"application/grpc") {
-        return door.json.answer(request).await;
-    }
-    let answered = if request.uri().path() == PLACE_ORDER {
-        match door.looked_at(request).await {
-            Ok(request) => door.public.oneshot(request).await,
-            Err(error) => Ok(tonic::Status::from(error).into_http()),
-        }
-    } else if request.uri().path().starts_with("/seckill.v1.") {
-        door.public.oneshot(request.map(tonic::body::Body::new)).await
-    } else {
-        door.tools.oneshot(request).await
-    };
-    answered.unwrap_or_else(|never| match never {}).map(axum::body::Body::new)
-}
-
-impl Door {
-    /// A wish to buy that is not surely in vain, on its way to its rpc.
-    async fn looked_at(&self, request: Request) -> Result<http::Request<tonic::body::Body>, Error> {
-        let (mut parts, body) = request.into_parts();
-        let late = |_| Error::new(Reason::DeadlineExceeded, "the message took too long");
-        let frame = timeout(self.patience, transcode::read_any(&parts.headers, body)).await.map_err(late)??;
-        if let Some(wish) = quick::read_frame(&frame)
-            && let Some(caller) = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?
-        {
-            parts.extensions.insert(caller);
-        }
-        Ok(http::Request::from_parts(parts, tonic::body::Body::new(Full::new(frame))))
-    }
-}
-
-async fn only_get() -> Response {
-    failure::method_not_allowed(&[&Method::GET])
-}
-
-async fn only_post() -> Response {
-    failure::method_not_allowed(&[&Method::POST])
+    let webhook = Webhook::new(backends.payment, config.request_timeout);
+    let ways = Ways { json, public, desk, patience: config.request_timeout, tools: tools(life).await? };
+    Ok(Door::new(ways, document.into(), webhook))
 }
 
 /// Health, and reflection in both versions that clients ask for. Outside of the gate: who asks whether we live must

@@ -9,7 +9,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -22,6 +22,8 @@ use proto::{
 };
 use tokio::time::Instant;
 
+use crate::failure::Prepared;
+
 /// Units come back at any moment, and a buyer told so a second late has lost them to another.
 const ALL_HELD_FOR: Duration = Duration::from_secs(1);
 /// Final but for stock that an operator adds, whose signal clears it at once.
@@ -32,9 +34,25 @@ const ENDED_FOR: Duration = Duration::from_secs(600);
 const SALES: usize = 10_000;
 
 /// What is known of sales that cannot be bought from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct SoldOut {
     sales: RwLock<HashMap<String, Known>>,
+    /// What is said, the same to everybody.
+    ended: Arc<Prepared>,
+    sold_out: Arc<Prepared>,
+    all_held: Arc<Prepared>,
+}
+
+impl Default for SoldOut {
+    fn default() -> Self {
+        let prepared = |reason, message| Arc::new(Prepared::new(Error::new(reason, message)));
+        Self {
+            sales: RwLock::default(),
+            ended: prepared(Reason::SaleEnded, "the sale has ended"),
+            sold_out: prepared(Reason::SoldOut, "sold out"),
+            all_held: prepared(Reason::AllHeld, "every unit is held; one may come back"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -47,7 +65,7 @@ struct Known {
 
 #[derive(Debug)]
 struct Verdict {
-    reason: Reason,
+    refusal: Arc<Prepared>,
     /// Who must be asked about properly.
     buyers: Filter,
     /// Counts who was told so.
@@ -58,15 +76,16 @@ impl SoldOut {
     /// Takes note of a signal.
     pub fn learn(&self, changed: &SaleChanged) {
         let Some(sale) = &changed.sale else { return };
-        let (reason, lasts) = match (sale.state(), sale.availability()) {
-            (SaleState::Ended, _) => (Some(Reason::SaleEnded), ENDED_FOR),
-            (_, Availability::SoldOut) => (Some(Reason::SoldOut), SOLD_OUT_FOR),
-            (_, Availability::AllHeld) => (Some(Reason::AllHeld), ALL_HELD_FOR),
+        let (refusal, lasts) = match (sale.state(), sale.availability()) {
+            (SaleState::Ended, _) => (Some(&self.ended), ENDED_FOR),
+            (_, Availability::SoldOut) => (Some(&self.sold_out), SOLD_OUT_FOR),
+            (_, Availability::AllHeld) => (Some(&self.all_held), ALL_HELD_FOR),
             _ => (None, SOLD_OUT_FOR),
         };
-        let verdict = reason.map(|reason| {
-            let told = metrics::counter!("seckill_refused_from_memory_total", "reason" => reason.as_str_name());
-            Verdict { reason, buyers: Filter::from_bytes(&changed.buyers), told }
+        let verdict = refusal.map(|refusal| {
+            let reason = refusal.error().reason.as_str_name();
+            let told = metrics::counter!("seckill_refused_from_memory_total", "reason" => reason);
+            Verdict { refusal: refusal.clone(), buyers: Filter::from_bytes(&changed.buyers), told }
         });
         let id = sale.name.strip_prefix("sales/").unwrap_or(&sale.name);
         let now = Instant::now();
@@ -88,23 +107,15 @@ impl SoldOut {
     }
 
     /// Why this buyer surely gets nothing from this sale now; `None` when it must be asked properly.
-    pub fn refusal(&self, sale: &SaleId, buyer: &BuyerId) -> Option<Error> {
-        let reason = {
-            let sales = self.sales.read().unwrap_or_else(PoisonError::into_inner);
-            let known = sales.get(sale.as_str())?;
-            let verdict = known.verdict.as_ref().filter(|_| known.until > Instant::now())?;
-            if verdict.buyers.may_contain(buyer.as_str()) {
-                return None;
-            }
-            verdict.told.increment(1);
-            verdict.reason
-        };
-        let message = match reason {
-            Reason::SaleEnded => "the sale has ended",
-            Reason::SoldOut => "sold out",
-            _ => "every unit is held; one may come back",
-        };
-        Some(Error::new(reason, message))
+    pub fn refusal(&self, sale: &SaleId, buyer: &BuyerId) -> Option<Arc<Prepared>> {
+        let sales = self.sales.read().unwrap_or_else(PoisonError::into_inner);
+        let known = sales.get(sale.as_str())?;
+        let verdict = known.verdict.as_ref().filter(|_| known.until > Instant::now())?;
+        if verdict.buyers.may_contain(buyer.as_str()) {
+            return None;
+        }
+        verdict.told.increment(1);
+        Some(verdict.refusal.clone())
     }
 }
 
@@ -124,7 +135,7 @@ mod tests {
 
     fn said(memory: &SoldOut, buyer: &str) -> Option<Reason> {
         let (sale, buyer) = (SaleId::parse("sale", "s").unwrap(), BuyerId::parse(buyer).unwrap());
-        memory.refusal(&sale, &buyer).map(|error| error.reason)
+        memory.refusal(&sale, &buyer).map(|refusal| refusal.error().reason)
     }
 
     #[tokio::test(start_paused = true)]

@@ -102,7 +102,11 @@ where
     }
 
     /// Answers a request. Never fails: what goes wrong is an answer too.
-    pub async fn answer(&self, request: http::Request<Body>) -> Response<Body> {
+    pub async fn answer<B>(&self, request: http::Request<B>) -> Response<Body>
+    where
+        B: http_body::Body<Data = Bytes>,
+        B::Error: Into<mesh::link::BoxError>,
+    {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
         let other = self.contract.routes().len();
@@ -120,28 +124,46 @@ where
         answer
     }
 
-    async fn call(
+    async fn call<B>(
         &self,
         route: &Route,
         variables: &Variables<'_>,
         parts: &Parts,
-        body: Body,
+        body: B,
+    ) -> Result<Response<Body>, Error>
+    where
+        B: http_body::Body<Data = Bytes>,
+        B::Error: Into<mesh::link::BoxError>,
+    {
+        let body = if route.has_body { self.body(&parts.headers, body).await? } else { Bytes::new() };
+        if route.accepts
+            && parts.uri.query().is_none()
+            && let Some(wish) = quick_wish(&parts.headers, &body)
+        {
+            let caller = match self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish) {
+                Ok(caller) => caller,
+                Err(refusal) => return Ok(refusal.http()),
+            };
+            let mut call = call_of(&parts.headers, wish.encode_to_vec());
+            if let Some(caller) = caller {
+                call.extensions_mut().insert(caller);
+            }
+            // In a box, as below, so that whoever is refused does not carry the call's future about.
+            return Box::pin(self.unary(route, call)).await;
+        }
+        Box::pin(self.call_generally(route, variables, parts, &body)).await
+    }
+
+    /// By the description of the rpc's messages, which knows every form and every mistake.
+    async fn call_generally(
+        &self,
+        route: &Route,
+        variables: &Variables<'_>,
+        parts: &Parts,
+        body: &[u8],
     ) -> Result<Response<Body>, Error> {
         let mut message = if route.has_body {
-            let late = |_| Error::new(Reason::DeadlineExceeded, "the body took too long");
-            let body = timeout(self.patience, read(&parts.headers, body)).await.map_err(late)??;
-            if route.accepts
-                && parts.uri.query().is_none()
-                && let Some(wish) = quick_wish(&parts.headers, &body)
-            {
-                let caller = self.desk.look(parts.headers.get(header::AUTHORIZATION), &wish)?;
-                let mut call = call_of(&parts.headers, wish.encode_to_vec());
-                if let Some(caller) = caller {
-                    call.extensions_mut().insert(caller);
-                }
-                return self.unary(route, call).await;
-            }
-            json::read_body(&route.input, &body)?
+            json::read_body(&route.input, body)?
         } else {
             DynamicMessage::new(route.input.clone())
         };
@@ -170,6 +192,16 @@ where
             return Ok(sse::response(answers.into_inner(), &route.output, &parts.headers));
         }
         self.unary(route, call).await
+    }
+
+    /// A JSON body, which must come in time.
+    async fn body<B>(&self, headers: &HeaderMap, body: B) -> Result<Bytes, Error>
+    where
+        B: http_body::Body<Data = Bytes>,
+        B::Error: Into<mesh::link::BoxError>,
+    {
+        let late = |_| Error::new(Reason::DeadlineExceeded, "the body took too long");
+        timeout(self.patience, read(headers, body)).await.map_err(late)?
     }
 
     async fn grpc(&self) -> Result<Grpc<S>, Error> {
@@ -241,7 +273,11 @@ fn fill(message: &mut DynamicMessage, field: &FieldDescriptor, value: &str, sour
 }
 
 /// Reads a JSON body of at most [`MAX_BODY`].
-pub async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+async fn read<B>(headers: &HeaderMap, body: B) -> Result<Bytes, Error>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<mesh::link::BoxError>,
+{
     let body = read_any(headers, body).await?;
     let is_json = |kind: &HeaderValue| {
         let kind = kind.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
@@ -256,7 +292,11 @@ pub async fn read(headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
 }
 
 /// Reads a body of at most [`MAX_BODY`], whatever it is.
-pub async fn read_any(headers: &HeaderMap, body: Body) -> Result<Bytes, Error> {
+pub async fn read_any<B>(headers: &HeaderMap, body: B) -> Result<Bytes, Error>
+where
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<mesh::link::BoxError>,
+{
     let too_large = || Error::new(Reason::BodyTooLarge, format!("a body has at most {MAX_BODY} bytes"));
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
     if announced.is_some_and(|length| length > MAX_BODY as u64) {

@@ -323,8 +323,8 @@ impl Parts {
             coordinator,
         };
         let life = self.life();
-        let router = gateway::start(config, backends, &life).await.context("the gateway did not start")?;
-        Ok(Mesh { minter, ..self.open_door("gateway", router, &life)? })
+        let door = gateway::start(config, backends, &life).await.context("the gateway did not start")?;
+        Ok(Mesh { minter, ..self.open_door("gateway", door, &life)? })
     }
 
     /// Serves one role's rpcs, with health beside them.

@@ -38,7 +38,7 @@ use self::{
     follow::{Follower, is_terminal},
 };
 use super::{Callers, answer, each, given, handed_on, page_size, refuse, sale, shutting_down};
-use crate::{accepted::Accepted, soldout::SoldOut, watch::Registry};
+use crate::{accepted::Accepted, failure::Prepared, soldout::SoldOut, watch::Registry};
 
 mod find;
 mod follow;
@@ -80,19 +80,19 @@ impl Desk {
         Self { callers, memory }
     }
 
-    /// Who asks; none where there is something wrong that the rpc will name. The error of a wish that is surely in vain: the
-    /// rpc looks again, since much may happen on the way to it.
+    /// Who asks; none where there is something wrong that the rpc will name. The refusal of a wish that is surely in vain:
+    /// the rpc looks again, since much may happen on the way to it.
     pub fn look(
         &self,
         authorization: Option<&HeaderValue>,
         request: &PlaceOrderRequest,
-    ) -> Result<Option<Identity>, Error> {
+    ) -> Result<Option<Identity>, Arc<Prepared>> {
         let Ok(caller) = self.callers.named(authorization) else { return Ok(None) };
         let Ok(wanted) = Self::read(&caller, request) else { return Ok(None) };
         self.refuse_what_is_in_vain(&wanted).map(|()| Some(caller))
     }
 
-    fn refuse_what_is_in_vain(&self, wanted: &Wanted) -> Result<(), Error> {
+    fn refuse_what_is_in_vain(&self, wanted: &Wanted) -> Result<(), Arc<Prepared>> {
         self.memory.refusal(&wanted.sale, &wanted.buyer).map_or(Ok(()), Err)
     }
 
@@ -190,7 +190,7 @@ impl Orders {
             None => self.callers.known(request.metadata())?,
         };
         let wanted = Desk::read(&caller, request.get_ref())?;
-        self.desk.refuse_what_is_in_vain(&wanted)?;
+        self.desk.refuse_what_is_in_vain(&wanted).map_err(|refusal| refusal.error().clone())?;
         let Wanted { sale, buyer, quantity, request_id } = wanted;
         let item = AcceptOrder {
             sale_id: sale.as_str().to_owned(),

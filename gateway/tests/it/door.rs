@@ -133,10 +133,10 @@ impl Door {
             payment: link.clone(),
             coordinator: link,
         };
-        let router = gateway::start(config, backends, &life).await.unwrap();
+        let door = gateway::start(config, backends, &life).await.unwrap();
         let listener = mesh::serve::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
-        mesh::serve::serve("gateway", listener, router, &life);
+        mesh::serve::serve("gateway", listener, door, &life);
         let minter = auth.minter(clock).expect("the secret is ours");
         let http = Client::builder(TokioExecutor::new()).build_http();
         Self { address, fakes, life, bus, minter, http }
