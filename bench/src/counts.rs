@@ -12,6 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 
 use crate::{
     load::{Load, Pace, run},
@@ -38,10 +39,16 @@ pub struct Args {
     /// Write what was measured as the new budget
     #[arg(long)]
     write: bool,
+    /// Keep what callgrind wrote of each longer run here, for `callgrind_annotate`
+    #[arg(long, value_name = "FOLDER")]
+    keep: Option<PathBuf>,
+    /// Count this path only, whole, and compare it with nothing
+    #[arg(long, value_name = "PATH", value_enum, conflicts_with_all = ["budget", "write"])]
+    only: Option<Route>,
 }
 
-/// A path through the mesh, of one order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A path through the mesh, of one order. In this order: [`Route::Lock`] and [`Route::Pay`] begin with the path before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Route {
     /// Told that nothing is left.
     Soldout,
@@ -55,23 +62,30 @@ enum Route {
 
 /// False when a path is dearer than its budget allows.
 pub async fn counts(args: Args) -> Result<bool> {
+    if let Some(keep) = &args.keep {
+        fs::create_dir_all(keep).with_context(|| format!("making {}", keep.display()))?;
+    }
+    if let Some(route) = args.only {
+        let whole = route.cost(&args).await?;
+        println!("{} {whole} instructions an order, from its request to its end", route.name());
+        return Ok(true);
+    }
+    // Read first: counting takes minutes.
+    let budget = if args.write { None } else { Some(read_budget(&args.budget)?) };
     let mut counted = BTreeMap::new();
     let mut before = 0;
-    for (name, route) in
-        [("soldout", Route::Soldout), ("accept", Route::Accept), ("lock", Route::Lock), ("pay", Route::Pay)]
-    {
-        let whole = route.cost(&args.program).await.with_context(|| format!("counting {name}"))?;
+    for &route in Route::value_variants() {
+        let whole = route.cost(&args).await.with_context(|| format!("counting {}", route.name()))?;
         // Each of these begins with what the one before it does.
         let own = if matches!(route, Route::Lock | Route::Pay) { whole.saturating_sub(before) } else { whole };
         before = whole;
-        counted.insert(name.to_owned(), own);
+        counted.insert(route.name(), own);
     }
     if args.write {
         let text = serde_json::to_string_pretty(&counted)? + "\n";
         fs::write(&args.budget, text).with_context(|| format!("writing {}", args.budget.display()))?;
     }
-    let budget = fs::read(&args.budget).with_context(|| format!("reading {}", args.budget.display()))?;
-    let budget: BTreeMap<String, u64> = serde_json::from_slice(&budget).context("a budget")?;
+    let budget = budget.unwrap_or_else(|| counted.clone());
     ensure!(budget.keys().eq(counted.keys()), "the budget is not of these paths: {budget:?}");
     let mut kept = true;
     for (name, own) in &counted {
@@ -86,15 +100,26 @@ pub async fn counts(args: Args) -> Result<bool> {
     Ok(kept)
 }
 
+fn read_budget(path: &Path) -> Result<BTreeMap<String, u64>> {
+    let budget = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    serde_json::from_slice(&budget).with_context(|| format!("{} is no budget", path.display()))
+}
+
 impl Route {
+    /// As the budget and the options call it.
+    fn name(self) -> String {
+        self.to_possible_value().expect("no path is skipped").get_name().to_owned()
+    }
+
     /// Instructions of one more order.
-    async fn cost(self, program: &Path) -> Result<u64> {
-        let (few, many) = (self.run(program, FEW).await?, self.run(program, MANY).await?);
+    async fn cost(self, args: &Args) -> Result<u64> {
+        let (few, many) =
+            (self.run(&args.program, FEW, None).await?, self.run(&args.program, MANY, args.keep.as_deref()).await?);
         Ok(many.saturating_sub(few) / (MANY - FEW))
     }
 
     /// Instructions of a mesh that serves so many orders, from its start to its end.
-    async fn run(self, program: &Path, orders: u64) -> Result<u64> {
+    async fn run(self, program: &Path, orders: u64, keep: Option<&Path>) -> Result<u64> {
         let dir = tempfile::tempdir()?;
         let out = dir.path().join("callgrind.out");
         let mut manner = Manner {
@@ -129,6 +154,10 @@ impl Route {
         let site = Crowd::leave(crowd)?;
         tokio::task::spawn_blocking(move || site.stop()).await??;
         let text = fs::read_to_string(&out).with_context(|| format!("reading {}", out.display()))?;
+        if let Some(keep) = keep {
+            fs::copy(&out, keep.join(format!("callgrind.out.{}", self.name())))
+                .context("keeping what callgrind wrote")?;
+        }
         let total = text.lines().find_map(|line| line.strip_prefix("summary: ")).context("callgrind's summary")?;
         total.trim().parse().context("a count")
     }
