@@ -185,7 +185,7 @@ impl Baseline {
         if taken < 1 {
             return Ok(response(StatusCode::TOO_MANY_REQUESTS, format!(r#"{{"reason":"{taken}"}}"#)));
         }
-        let order = Order { id: uuid::Uuid::new_v4().simple().to_string(), buyer, placed_at_ms: self.clock.now_ms() };
+        let order = Order { id: uuid::Uuid::now_v7().simple().to_string(), buyer, placed_at_ms: self.clock.now_ms() };
         let message = Message {
             subject: "baseline.placed".to_owned(),
             id: order.id.clone(),

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::{
-    load::{Counted, Load, Outcome, Pace, Visit, run},
+    load::{Load, Outcome, Pace, Visit, run},
     site::{BUYER, Servers, bearer, free_address, minter},
     wire::{Connection, Request},
 };
@@ -88,41 +88,54 @@ struct HttpEcho(Minter);
 impl Visit for HttpEcho {
     async fn visit(&self, connection: &mut Connection, n: u64) -> io::Result<Outcome> {
         let token = bearer(&self.0, &format!("buyer-{n}"), BUYER).map_err(io::Error::other)?;
-        let key = uuid::Uuid::new_v4().to_string();
+        let key = uuid::Uuid::now_v7().to_string();
         let request = Request { method: "POST", path: "/v1/orders", authorization: &token, key: &key, body: ORDER };
         let answer = connection.call(&request).await?;
         Ok(if answer.status == 202 { Outcome::Good } else { Outcome::Refused(answer.reason()) })
     }
 }
 
-/// Echoes a second over HTTP and over gRPC, on these many connections.
-pub async fn echo(connections: usize, length: Duration) -> Result<(Counted, f64)> {
-    let address = free_address()?;
-    let program = std::env::current_exe().context("finding this program")?;
-    let mut server = tokio::process::Command::new(program)
-        .args(["echo", "--listen", &address.to_string()])
-        .kill_on_drop(true)
-        .spawn()
-        .context("starting the echo")?;
-    while tokio::net::TcpStream::connect(address).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let load = Load { pace: Pace::Saturating, connections, warm_up: Duration::from_secs(1), length };
-    let http = run(load, address, 0, Arc::new(HttpEcho(minter()?))).await;
-    let grpc = grpc_echo(address, length).await?;
-    server.kill().await?;
-    Ok((http, grpc))
+/// The echoes, served by a process of their own for as long as this is kept.
+#[derive(Debug)]
+pub struct Echo {
+    address: std::net::SocketAddr,
+    /// Killed with it.
+    _server: tokio::process::Child,
 }
 
-/// Unary calls a second on four connections.
-async fn grpc_echo(address: std::net::SocketAddr, length: Duration) -> Result<f64> {
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))?;
-    let channels: Vec<_> = (0..4).map(|_| endpoint.connect_lazy()).collect();
-    saturate(length, move |n| {
-        let mut client = HealthClient::new(channels[n % 4].clone());
-        async move { Ok(client.check(HealthCheckRequest::default()).await.map(|_| ())?) }
-    })
-    .await
+impl Echo {
+    /// Starts them.
+    pub async fn start() -> Result<Self> {
+        let address = free_address()?;
+        let program = std::env::current_exe().context("finding this program")?;
+        let server = tokio::process::Command::new(program)
+            .args(["echo", "--listen", &address.to_string()])
+            .kill_on_drop(true)
+            .spawn()
+            .context("starting the echo")?;
+        while tokio::net::TcpStream::connect(address).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(Self { address, _server: server })
+    }
+
+    /// HTTP echoes a second, on so many connections. Cheap enough to be repeated before what it is a ceiling of: a
+    /// machine is not as fast at one minute as at another.
+    pub async fn http(&self, connections: usize, length: Duration) -> Result<f64> {
+        let load = Load { pace: Pace::Saturating, connections, warm_up: Duration::from_secs(1), length };
+        Ok(run(load, self.address, 0, Arc::new(HttpEcho(minter()?))).await.rate())
+    }
+
+    /// Unary calls a second on four connections.
+    pub async fn grpc(&self, length: Duration) -> Result<f64> {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", self.address))?;
+        let channels: Vec<_> = (0..4).map(|_| endpoint.connect_lazy()).collect();
+        saturate(length, move |n| {
+            let mut client = HealthClient::new(channels[n % 4].clone());
+            async move { Ok(client.check(HealthCheckRequest::default()).await.map(|_| ())?) }
+        })
+        .await
+    }
 }
 
 /// Calls a second with [`IN_FLIGHT`] of them at any time.
@@ -198,7 +211,7 @@ async fn publishes(bus: SharedBus) -> Result<f64> {
     saturate(LENGTH, |_| async move {
         let message = Message {
             subject: "ceiling.order".to_owned(),
-            id: uuid::Uuid::new_v4().to_string(),
+            id: uuid::Uuid::now_v7().to_string(),
             headers: Default::default(),
             payload: Bytes::from_static(ANSWER),
         };
@@ -227,7 +240,7 @@ async fn tables(db: &DatabaseConnection) -> Result<()> {
 }
 
 async fn orders(db: &DatabaseConnection, count: usize) -> Result<()> {
-    let ids: Vec<String> = (0..count).map(|_| uuid::Uuid::new_v4().to_string()).collect();
+    let ids: Vec<String> = (0..count).map(|_| uuid::Uuid::now_v7().to_string()).collect();
     let rows = |row: &dyn Fn(&String) -> String| ids.iter().map(row).collect::<Vec<_>>().join(",");
     let tx = db.begin().await?;
     let order = rows(&|id| format!("('{id}','buyer-{id}',1)"));

@@ -103,15 +103,19 @@ fn main() -> ExitCode {
     }
 }
 
+/// For how long the echoes are measured each time.
+const ECHO_FOR: Duration = Duration::from_secs(4);
+
 /// False when a figure is void.
 async fn run(args: RunArgs) -> Result<bool> {
     let RunArgs { program, wiring, scenario, seconds, connections, out, servers, .. } = args;
     let extent = Extent { connections, length: Duration::from_secs(seconds) };
     let mut report = Report::new(format!("{connections} connections, {seconds} s a scenario"));
-    let (http, grpc) = ceiling::echo(connections, Duration::from_secs(5)).await?;
-    (report.http_echo, report.grpc_echo) = (http.rate(), grpc);
+    let echo = ceiling::Echo::start().await?;
+    report.http_echo = echo.http(connections, ECHO_FOR).await?;
+    report.grpc_echo = echo.grpc(ECHO_FOR).await?;
     println!("{}, commit {}", report.machine, report.commit);
-    println!("ceilings           HTTP echo {:.0}/s, tonic echo {grpc:.0}/s", http.rate());
+    println!("ceilings           HTTP echo {:.0}/s, tonic echo {:.0}/s", report.http_echo, report.grpc_echo);
     let needs_servers = wiring.iter().any(|wiring| *wiring != Wiring::Embedded);
     if !args.no_ceilings {
         let dir = tempfile::tempdir()?;
@@ -125,9 +129,13 @@ async fn run(args: RunArgs) -> Result<bool> {
     }
     for wiring in wiring {
         let mut peak = None;
+        let mut echoes = report.http_echo;
         for scenario in &scenario {
+            if scenario.is_beside_the_echo() {
+                echoes = echo.http(connections, ECHO_FOR).await?;
+            }
             let site = Site::start(&program, wiring, &servers).await?;
-            let figure = scenario.run(site, wiring, extent, peak).await?;
+            let figure = scenario.run(site, wiring, extent, (peak, echoes)).await?;
             if *scenario == Scenario::Sell {
                 peak = Some(figure.rate);
             }
@@ -135,8 +143,13 @@ async fn run(args: RunArgs) -> Result<bool> {
         }
         if scenario.contains(&Scenario::Soldout) && report.soldout_grpc.is_none() {
             let site = Site::start(&program, wiring, &servers).await?;
-            let (rate, _) = scenario::soldout_grpc(site, extent.length).await?;
-            println!("{:<18} {rate:>7.0}/s ({:.2} of the tonic echo)", "soldout over gRPC", rate / grpc);
+            report.grpc_echo = echo.grpc(ECHO_FOR).await?;
+            let (rate, audited) = scenario::soldout_grpc(site, extent.length).await?;
+            if !audited {
+                report.void.push("soldout over gRPC: the audit was not clean".to_owned());
+            }
+            let of_echo = rate / report.grpc_echo;
+            println!("{:<18} {rate:>7.0}/s ({of_echo:.2} of the tonic echo)", "soldout over gRPC");
             report.soldout_grpc = Some(rate);
         }
     }

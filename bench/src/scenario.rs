@@ -55,6 +55,8 @@ pub struct Figure {
     pub wiring: Wiring,
     /// What is counted as good, a second: accepted, refused, paid, read.
     pub rate: f64,
+    /// HTTP echoes a second, shortly before.
+    pub echo: f64,
     /// Orders locked in the ledger a second, over the same time.
     pub locked: Option<f64>,
     /// From the intended start to the answer, in milliseconds: p50, p99, p99.9.
@@ -105,8 +107,20 @@ impl Scenario {
         }
     }
 
-    /// Runs on a fresh mesh, stops it and audits what it left. `peak` is what `sell` came to on the same wiring.
-    pub async fn run(self, site: Site, wiring: Wiring, extent: Extent, peak: Option<f64>) -> Result<Figure> {
+    /// Whether its target is a part of the echo.
+    pub fn is_beside_the_echo(self) -> bool {
+        matches!(self, Scenario::Sell | Scenario::Soldout)
+    }
+
+    /// Runs on a fresh mesh, stops it and audits what it left. `peak` is what `sell` came to on the same wiring, `echo`
+    /// what the echo did shortly before.
+    pub async fn run(
+        self,
+        site: Site,
+        wiring: Wiring,
+        extent: Extent,
+        (peak, echo): (Option<f64>, f64),
+    ) -> Result<Figure> {
         let stock = match self {
             Scenario::Soldout => 1,
             Scenario::Rush => 1_000,
@@ -175,6 +189,7 @@ impl Scenario {
             scenario: self,
             wiring,
             rate: counted.rate(),
+            echo,
             locked: places.then_some(locked),
             latency_ms: [0.5, 0.99, 0.999].map(|q| counted.quantile(q)),
             locked_within_ms: places.then(|| within("seckill_placed_to_locked_seconds", 0.99)).flatten(),
@@ -281,7 +296,7 @@ impl Visit for Crowd {
             return Ok(if answer.status == 200 { Outcome::Good } else { Outcome::Refused(answer.reason()) });
         }
         let token = self.site.buyer(n)?;
-        let key = Uuid::new_v4().to_string();
+        let key = Uuid::now_v7().to_string();
         let body = format!(r#"{{"sale":"{sale}","quantity":1}}"#);
         let place = Request { method: "POST", path: "/v1/orders", authorization: &token, key: &key, body: &body };
         let answer = connection.call(&place).await?;
@@ -375,7 +390,7 @@ pub async fn soldout_grpc(site: Site, length: Duration) -> Result<(f64, bool)> {
         let mut client = OrdersClient::new(channels[n % 4].clone());
         let token = buyers.buyer(n as u64);
         async move {
-            let request_id = Uuid::new_v4().to_string();
+            let request_id = Uuid::now_v7().to_string();
             let mut request = tonic::Request::new(PlaceOrderRequest { sale: "sale-0".into(), quantity: 1, request_id });
             request.metadata_mut().insert("authorization", token?.parse()?);
             match client.place_order(request).await {

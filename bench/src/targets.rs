@@ -48,8 +48,9 @@ pub fn targets(report: &Report) -> Vec<Target> {
         let rate = |scenario| of(scenario).map(|figure| figure.rate);
         let name = |what: &str| format!("{wiring:?} {what}").to_lowercase();
         let sell = of(Scenario::Sell);
-        add(true, name("soldout, of the HTTP echo"), rate(Scenario::Soldout).map(|r| r / report.http_echo), 0.85);
-        add(true, name("sell, of the HTTP echo"), sell.map(|f| f.rate / report.http_echo), of_echo);
+        let part = |figure: &Figure| figure.rate / figure.echo;
+        add(true, name("soldout, of the HTTP echo"), of(Scenario::Soldout).map(part), 0.85);
+        add(true, name("sell, of the HTTP echo"), sell.map(part), of_echo);
         add(true, name("sell, locked of accepted"), sell.and_then(|f| Some(f.locked? / f.rate)), 0.95);
         let ratio = |to, from| Some(rate(to)? / rate(from)?);
         add(true, name("paid, of accepted"), ratio(Scenario::Pay, Scenario::Sell), 0.5);

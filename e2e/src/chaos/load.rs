@@ -451,7 +451,7 @@ impl Load {
 
     /// Tries with one key until there is an order, a final word, or no more patience.
     async fn acquire(&self, token: &HeaderValue, sale: &str) -> Option<String> {
-        let key = Uuid::new_v4().to_string();
+        let key = Uuid::now_v7().to_string();
         let body = format!(r#"{{"sale":"{sale}","quantity":1}}"#);
         let deadline = Instant::now() + PATIENCE;
         let place = || self.insist(Verb::Place, Method::POST, "/v1/orders", token, Some(&key), &body, deadline);

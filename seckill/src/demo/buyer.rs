@@ -115,7 +115,7 @@ async fn purchase(rush: &Rush, order: String, buyer: u32, token: HeaderValue, te
 /// Tries until there is an order, the sale is over, or patience is. The key stays the same throughout: it is one
 /// intent, and a retry after an unknown outcome must be the same order.
 async fn acquire(rush: &Rush, first_turn: Turn, token: &HeaderValue) -> Option<String> {
-    let key = Uuid::new_v4().to_string();
+    let key = Uuid::now_v7().to_string();
     let body = Bytes::from(format!(r#"{{"sale":"{}","quantity":1}}"#, rush.sale));
     let mut pause = Duration::from_millis(300);
     // Everybody pressed the button when the doors opened; what was waited for a turn since counts.
