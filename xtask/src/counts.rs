@@ -10,11 +10,11 @@ use crate::{
     servers::find_or_install_valgrind,
 };
 
-#[derive(clap::Args, Default)]
+#[derive(clap::Args)]
 pub struct Args {
     /// Passed to `seckill-bench counts`; `-- --help` tells
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<OsString>,
+    pub args: Vec<OsString>,
 }
 
 /// Builds what is measured as it is released, and what measures it as the tests have built it already.

@@ -32,7 +32,7 @@ struct Cli {
 enum Verb {
     /// Run every test; PostgreSQL, MariaDB, Redis and NATS are found or installed, started, and stopped again
     Test(ci::TestArgs),
-    /// What has to hold for a change to land: format, clippy, tests, the demo
+    /// What has to hold for a change to land: format, clippy, tests, the demo, the instruction counts
     Ci,
     /// Search every interleaving of the stock protocol and of an order's saga; `-- --help` for bounds of your own
     Model(ci::ModelArgs),
