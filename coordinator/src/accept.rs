@@ -162,6 +162,10 @@ impl Accept {
         }
         let reached = || Error::new(Reason::PurchaseLimitReached, "the purchase limit of this sale is reached");
         let last: OrderId = limit.last_hold_id.parse().map_err(|_| reached())?;
+        // A late capture's own hold is nobody's order: there is none by its id, and there shall be none.
+        if last.is_further() {
+            return Err(reached());
+        }
         let is_theirs = |row: &Row| row.buyer == wanted.buyer && row.sale_id == wanted.sale_id;
         if let Some(row) = self.sagas.get(last).await? {
             let open = is_theirs(&row) && is_open(&row);
@@ -169,8 +173,7 @@ impl Accept {
         }
         match self.calls.lookup(&[last]).await?.pop() {
             Some(Ok(Looked::Granted(grant))) => {
-                // An order without a saga is a young one. An old grant without a saga is a late capture's own hold,
-                // which is nobody's order.
+                // An order without a saga is a young one.
                 let young = self.calls.clock.now_ms() < grant.granted_at_ms + UNWRITTEN.as_millis() as i64;
                 let placed = Placed::from_grant(&grant)?;
                 let theirs = placed.buyer == wanted.buyer && placed.sale_id == wanted.sale_id;

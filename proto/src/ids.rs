@@ -69,11 +69,18 @@ impl OrderId {
         })
     }
 
-    /// A further id that belongs to this order, e.g. its refund or a late capture's hold: the same every time, and a
-    /// neighbour of the order's own.
+    /// A further id that belongs to this order, e.g. its refund or a late capture's hold: the same every time, a neighbour
+    /// of the order's own, and never an order's own ([`Self::is_further`]).
     pub fn derive_for(&self, purpose: &str, key: &[u8]) -> Self {
         let [first, second, third, ..] = *self.0.as_bytes();
-        Self(beside([first, second, third], derive(purpose, &[self.0.as_bytes(), key])))
+        let mut bytes = *beside([first, second, third], derive(purpose, &[self.0.as_bytes(), key])).as_bytes();
+        bytes[8] |= FURTHER;
+        Self(Uuid::from_bytes(bytes))
+    }
+
+    /// Whether it was derived for an order, and is no order's own.
+    pub fn is_further(&self) -> bool {
+        self.0.as_bytes()[8] & FURTHER == FURTHER
     }
 
     /// Reads the id, or the name `orders/{id}`. `field` is named in the error.
@@ -188,6 +195,9 @@ fn derive(purpose: &str, parts: &[&[u8]]) -> Uuid {
     uuid::Builder::from_custom_bytes(bytes).into_uuid()
 }
 
+/// In the ninth byte: the variant that no UUID has. Orders' own ids have the usual one, which begins with 10.
+const FURTHER: u8 = 0b1110_0000;
+
 /// The moment of a version 7 UUID, in steps of 64 ms; it comes again after twelve days. Coarse and short on purpose: a
 /// batch of orders has one moment or two, and nearly all of an id stays hash.
 fn moment(request: &Uuid) -> Option<[u8; 3]> {
@@ -238,6 +248,7 @@ mod tests {
         let refund = alice.derive_for("refund", b"1");
         assert_eq!(moment(&refund), moment(&alice));
         assert_ne!(refund, alice);
+        assert!(refund.is_further() && !alice.is_further() && !bob.is_further());
         // The same digits in another version say nothing of time.
         assert_ne!(moment(&of("alice", "01890000-0000-4000-8000-000000000001")), moment(&alice));
     }

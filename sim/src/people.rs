@@ -43,8 +43,7 @@ pub struct Told {
     pub orders: Mutex<Vec<(String, OrderState)>>,
     /// The orders that were asked for, each known by its request: there may be no other.
     pub asked: Mutex<BTreeSet<String>>,
-    /// The orders that were answered as placed to the very request they are of. (At the limit another one is answered, and a
-    /// late capture's own hold may be taken for one.)
+    /// The orders that were answered as placed to the very request they are of. (At the limit another one is answered.)
     pub placed: Mutex<BTreeSet<String>>,
     /// The fewest units that somebody was told are sold out.
     pub sold_out: Mutex<Option<i64>>,

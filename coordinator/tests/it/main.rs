@@ -685,6 +685,11 @@ async fn e24_late_money_gets_a_unit_or_goes_back_exactly_once() {
     assert_eq!((world.captures(ids[0]), world.refunds(ids[0])), (1, 0));
     assert_eq!((world.captures(ids[1]), world.refunds(ids[1])), (1, 1));
     assert_eq!(world.units(), (0, 0, 0, 1));
+    // The late capture's own hold fills her limit, and is no order that she could be answered with (E36).
+    let before = world.bus.last_sequence(subjects::ORDERS).await.unwrap();
+    let error = world.accept("alice", 1, &RequestId::random()).await.unwrap_err();
+    assert_eq!(error.reason, Reason::PurchaseLimitReached);
+    assert_eq!(world.bus.last_sequence(subjects::ORDERS).await.unwrap(), before, "nothing is placed for it");
     let unknown = v1::ListSagasRequest { state: "CLSOED".to_owned(), ..Default::default() };
     let error = proto::Error::from(world.client().list_sagas(unknown).await.unwrap_err());
     assert_eq!((error.reason, error.field.as_deref()), (Reason::InvalidField, Some("state")));
