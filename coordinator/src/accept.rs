@@ -37,9 +37,6 @@ use crate::{
     wire::placed_order,
 };
 
-/// How long a granted order may be without a saga: longer than any backlog of the funnel that is not an outage.
-const UNWRITTEN: Duration = Duration::from_secs(600);
-
 /// See [`Accept::refused`]. One read's worth of a batch.
 const SECOND_LOOKS: usize = 128;
 
@@ -173,11 +170,9 @@ impl Accept {
         }
         match self.calls.lookup(&[last]).await?.pop() {
             Some(Ok(Looked::Granted(grant))) => {
-                // An order without a saga is a young one.
-                let young = self.calls.clock.now_ms() < grant.granted_at_ms + UNWRITTEN.as_millis() as i64;
                 let placed = Placed::from_grant(&grant)?;
                 let theirs = placed.buyer == wanted.buyer && placed.sale_id == wanted.sale_id;
-                if !theirs || !young {
+                if !theirs {
                     return Err(reached());
                 }
                 // Granted is not accepted: its own publish may have failed. It is PLACED once it is there (I5).

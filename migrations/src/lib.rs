@@ -75,21 +75,38 @@ pub(crate) fn new_table(manager: &SchemaManager<'_>, name: impl IntoTableRef) ->
 }
 
 /// Has PostgreSQL fill a table's pages to a part only: a row's next state then finds room in its own page, and no index
-/// that the change does not concern is written. Without, each change of a state writes the row's every index anew.
-pub(crate) async fn leave_room(manager: &SchemaManager<'_>, table: &str) -> Result<(), sea_orm::DbErr> {
-    storage(manager, table, "SET (fillfactor = 50)").await
+/// that the change does not concern is written. Without, each change of a state writes the row's every index anew. For
+/// tables whose rows change their states and whose indexes are not about states.
+pub(crate) struct Room {
+    pub(crate) name: &'static str,
+    pub(crate) table: &'static str,
 }
 
-/// Takes [`leave_room`] back, for pages that are filled from then on.
-pub(crate) async fn fill_up(manager: &SchemaManager<'_>, table: &str) -> Result<(), sea_orm::DbErr> {
-    storage(manager, table, "RESET (fillfactor)").await
-}
-
-async fn storage(manager: &SchemaManager<'_>, table: &str, change: &str) -> Result<(), sea_orm::DbErr> {
-    if manager.get_database_backend() != DbBackend::Postgres {
-        return Ok(());
+impl Room {
+    async fn store(&self, manager: &SchemaManager<'_>, how: &str) -> Result<(), sea_orm::DbErr> {
+        if manager.get_database_backend() != DbBackend::Postgres {
+            return Ok(());
+        }
+        let change = format!("ALTER TABLE {} {how}", self.table);
+        manager.get_connection().execute_unprepared(&change).await.map(drop)
     }
-    manager.get_connection().execute_unprepared(&format!("ALTER TABLE {table} {change}")).await.map(drop)
+}
+
+impl MigrationName for Room {
+    fn name(&self) -> &str {
+        self.name
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Room {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), sea_orm::DbErr> {
+        self.store(manager, "SET (fillfactor = 50)").await
+    }
+
+    async fn down(&self, manager: &SchemaManager) -> Result<(), sea_orm::DbErr> {
+        self.store(manager, "RESET (fillfactor)").await
+    }
 }
 
 /// The plain utf8mb4_bin pads with spaces, and "alice " would be served alice's orders (I11). The collation that does

@@ -2,7 +2,7 @@
 
 use sea_orm_migration::prelude::*;
 
-use crate::{fill_up, leave_room, new_table};
+use crate::{Room, new_table};
 
 /// Its migrations, oldest first.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Records), Box::new(Room)]
+        vec![Box::new(Records), Box::new(Room { name: "m0002_order_room", table: "order_record" })]
     }
 
     fn migration_table_name() -> DynIden {
@@ -82,25 +82,5 @@ impl MigrationTrait for Records {
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
         manager.drop_table(Table::drop().table(OrderRecord::Table).to_owned()).await
-    }
-}
-
-/// A record changes its state a few times, and no index is about states.
-struct Room;
-
-impl MigrationName for Room {
-    fn name(&self) -> &str {
-        "m0002_order_room"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Room {
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        leave_room(manager, "order_record").await
-    }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        fill_up(manager, "order_record").await
     }
 }

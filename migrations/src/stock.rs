@@ -2,7 +2,7 @@
 
 use sea_orm_migration::prelude::*;
 
-use crate::{fill_up, leave_room, new_table};
+use crate::{Room, new_table};
 
 /// Its migrations, oldest first.
 #[derive(Debug)]
@@ -11,7 +11,7 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Ledger), Box::new(Room)]
+        vec![Box::new(Ledger), Box::new(Room { name: "m0002_stock_room", table: "stock_hold" })]
     }
 
     fn migration_table_name() -> DynIden {
@@ -210,25 +210,5 @@ impl MigrationTrait for Ledger {
         manager.drop_table(Table::drop().table(StockOutbox::Table).to_owned()).await?;
         manager.drop_table(Table::drop().table(StockHold::Table).to_owned()).await?;
         manager.drop_table(Table::drop().table(StockSale::Table).to_owned()).await
-    }
-}
-
-/// A hold changes its state once or twice, and no index is about states.
-struct Room;
-
-impl MigrationName for Room {
-    fn name(&self) -> &str {
-        "m0002_stock_room"
-    }
-}
-
-#[async_trait::async_trait]
-impl MigrationTrait for Room {
-    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        leave_room(manager, "stock_hold").await
-    }
-
-    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
-        fill_up(manager, "stock_hold").await
     }
 }
