@@ -260,6 +260,39 @@ async fn one_request_id_for_two_sales_holds_in_one_and_costs_the_other_nothing()
     }
 }
 
+/// A batch is cut where it has more sales than a statement: each one's counters and buyers stay its own.
+#[tokio::test]
+async fn one_batch_over_many_sales_moves_each_ones_own_counters() {
+    const SALES: i64 = 70;
+    for world in worlds().await {
+        let mut sales = Vec::new();
+        for n in 0..SALES {
+            sales.push((world.sale(3 + n, 2).await, 3 + n));
+        }
+        // Of each sale Alice takes two in two orders, and in all of them Bob takes one.
+        let wishes: Vec<_> = sales
+            .iter()
+            .flat_map(|(sale, _)| [wanted(sale, "alice", 1), wanted(sale, "alice", 1), wanted(sale, "bob", 1)])
+            .collect();
+        let grants = acquire_all(&world.client, &wishes).await.into_iter().map(|got| match got {
+            Got::Granted(grant) => grant,
+            other => panic!("{other:?}"),
+        });
+        let items = wishes.iter().zip(grants).map(|(wish, grant)| lock_item(wish, &grant)).collect();
+        assert_eq!(lock_all(&world.client, items).await, vec![LockedAs::Locked; wishes.len()], "{}", world.name);
+        // Later batches know what they have: a third is over the limit in every sale that has one left.
+        let grant = granted(&world.client, &wishes[0]).await;
+        let more: Vec<_> = sales[1..].iter().map(|(sale, _)| lock_item(&wanted(sale, "alice", 1), &grant)).collect();
+        let over = vec![LockedAs::Refused(Reason::PurchaseLimitReached); more.len()];
+        assert_eq!(lock_all(&world.client, more).await, over, "{}", world.name);
+        for (sale, stock) in &sales {
+            let report = world.at_rest(sale).await;
+            let counted = (report.available, report.held, report.sold, report.total);
+            assert_eq!(counted, (stock - 3, 3, 0, *stock), "{}", world.name);
+        }
+    }
+}
+
 #[tokio::test]
 async fn grants_are_found_by_hold_and_not_knowing_is_said() {
     for world in worlds().await {
