@@ -69,6 +69,9 @@ struct RunArgs {
     /// Connections of the load
     #[arg(long, default_value_t = 256)]
     connections: usize,
+    /// Orders a second that `sell` came to, for scenarios at a part of it where `sell` is not run
+    #[arg(long, value_name = "RATE")]
+    peak: Option<f64>,
     /// Leave the ceilings of the backends out
     #[arg(long)]
     no_ceilings: bool,
@@ -128,7 +131,7 @@ async fn run(args: RunArgs) -> Result<bool> {
         }
     }
     for wiring in wiring {
-        let mut peak = None;
+        let mut peak = args.peak;
         let mut echoes = report.http_echo;
         for scenario in &scenario {
             if scenario.is_beside_the_echo() {

@@ -19,6 +19,10 @@ use crate::{
 const PLENTY: u64 = 50_000_000;
 /// Longer than a run.
 pub const LONG_WINDOW: Duration = Duration::from_secs(3600);
+/// The payment window where nobody pays: at a quarter of ten thousand orders a second, a hundred thousand are pending.
+const ABANDONED_AFTER: Duration = Duration::from_secs(40);
+/// Who pays comes three times and waits in between, so that it takes several as many buyers to keep a mesh as busy.
+const PAYING: usize = 4;
 /// Accepted orders are locked within this once the load has ended, or the figure is void.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -40,7 +44,8 @@ pub enum Scenario {
     Hot100,
     /// `sell` over a thousand sales.
     Uniform,
-    /// Nobody pays: every unit comes back and is sold again.
+    /// Nobody pays: every unit comes back and is sold again. At a quarter of the peak, since a unit that comes back costs
+    /// as much as one that is sold.
     Abandon,
     /// Looking at the sale and the list of sales.
     Browse,
@@ -121,20 +126,23 @@ impl Scenario {
         extent: Extent,
         (peak, echo): (Option<f64>, f64),
     ) -> Result<Figure> {
-        let stock = match self {
-            Scenario::Soldout => 1,
-            Scenario::Rush => 1_000,
-            Scenario::Abandon => 100_000,
-            _ => PLENTY,
-        };
-        // Long enough for so many orders to await payment at once.
-        let window = if self == Scenario::Abandon { Duration::from_secs(20) } else { LONG_WINDOW };
-        let sales: Vec<String> = (0..self.sales()).map(|n| format!("sale-{n}")).collect();
+        let of_peak = |part| peak.map(|peak| peak * part).context("the peak of `sell` is not known: run it first");
         let pace = match self {
-            Scenario::Steady => Pace::PerSecond(peak.context("`steady` needs the peak of `sell`: run it first")? / 2.0),
+            Scenario::Steady => Pace::PerSecond(of_peak(0.5)?),
+            Scenario::Abandon => Pace::PerSecond(of_peak(0.25)?),
             Scenario::Rush => Pace::AtOnce(100_000),
             _ => Pace::Saturating,
         };
+        let window = if self == Scenario::Abandon { ABANDONED_AFTER } else { LONG_WINDOW };
+        let stock = match (self, pace) {
+            (Scenario::Soldout, _) => 1,
+            (Scenario::Rush, _) => 1_000,
+            // What is sold within a window: who comes later buys what has come back.
+            (Scenario::Abandon, Pace::PerSecond(rate)) => (rate * window.as_secs_f64()) as u64,
+            _ => PLENTY,
+        };
+        let sales: Vec<String> = (0..self.sales()).map(|n| format!("sale-{n}")).collect();
+        let connections = extent.connections * if self == Scenario::Pay { PAYING } else { 1 };
         let (warm_up, length) = match self {
             // A minute tells whether locking keeps up with accepting.
             Scenario::Sell => (WARM_UP, extent.length.max(SELL_FOR)),
@@ -142,7 +150,7 @@ impl Scenario {
             Scenario::Abandon => (window, extent.length),
             _ => (WARM_UP, extent.length),
         };
-        let load = Load { pace, connections: extent.connections, warm_up, length };
+        let load = Load { pace, connections, warm_up, length };
         let what = match self {
             Scenario::Soldout => Deed::BeRefused,
             Scenario::Pay => Deed::Pay,
