@@ -16,7 +16,7 @@ mod wire;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
 
 use crate::{
@@ -69,9 +69,9 @@ struct RunArgs {
     /// Connections of the load
     #[arg(long, default_value_t = 256)]
     connections: usize,
-    /// Orders a second that `sell` came to, for scenarios at a part of it where `sell` is not run
-    #[arg(long, value_name = "RATE")]
-    peak: Option<f64>,
+    /// Orders a second that `sell` came to, for scenarios at a part of it where `sell` is not run. With one wiring only
+    #[arg(long, value_name = "RATE", value_parser = clap::value_parser!(u32).range(1..))]
+    peak: Option<u32>,
     /// Leave the ceilings of the backends out
     #[arg(long)]
     no_ceilings: bool,
@@ -112,6 +112,12 @@ const ECHO_FOR: Duration = Duration::from_secs(4);
 /// False when a figure is void.
 async fn run(args: RunArgs) -> Result<bool> {
     let RunArgs { program, wiring, scenario, seconds, connections, out, servers, .. } = args;
+    let sells_at = scenario.iter().position(|scenario| *scenario == Scenario::Sell);
+    for (at, scenario) in scenario.iter().enumerate().filter(|(_, scenario)| scenario.part_of_the_peak().is_some()) {
+        let is_known = args.peak.is_some() || sells_at.is_some_and(|sells_at| sells_at < at);
+        ensure!(is_known, "{scenario:?} comes at a part of the peak: run `sell` before it, or give `--peak`");
+    }
+    ensure!(args.peak.is_none() || wiring.len() == 1, "`--peak` is one wiring's: name it with `--wiring`");
     let extent = Extent { connections, length: Duration::from_secs(seconds) };
     let mut report = Report::new(format!("{connections} connections, {seconds} s a scenario"));
     let echo = ceiling::Echo::start().await?;
@@ -131,7 +137,7 @@ async fn run(args: RunArgs) -> Result<bool> {
         }
     }
     for wiring in wiring {
-        let mut peak = args.peak;
+        let mut peak = args.peak.map(f64::from);
         let mut echoes = report.http_echo;
         for scenario in &scenario {
             if scenario.is_beside_the_echo() {

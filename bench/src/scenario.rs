@@ -21,8 +21,8 @@ const PLENTY: u64 = 50_000_000;
 pub const LONG_WINDOW: Duration = Duration::from_secs(3600);
 /// The payment window where nobody pays: at a quarter of ten thousand orders a second, a hundred thousand are pending.
 const ABANDONED_AFTER: Duration = Duration::from_secs(40);
-/// Who pays comes three times and waits in between, so that it takes several as many buyers to keep a mesh as busy.
-const PAYING: usize = 4;
+/// Who pays comes three times, so that it takes three times as many buyers to keep a mesh as busy.
+const PAYING: usize = 3;
 /// Accepted orders are locked within this once the load has ended, or the figure is void.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 
@@ -117,6 +117,15 @@ impl Scenario {
         matches!(self, Scenario::Sell | Scenario::Soldout)
     }
 
+    /// The part of `sell`'s peak at which buyers come, where they come at a rate.
+    pub fn part_of_the_peak(self) -> Option<f64> {
+        match self {
+            Scenario::Steady => Some(0.5),
+            Scenario::Abandon => Some(0.25),
+            _ => None,
+        }
+    }
+
     /// Runs on a fresh mesh, stops it and audits what it left. `peak` is what `sell` came to on the same wiring, `echo`
     /// what the echo did shortly before.
     pub async fn run(
@@ -126,11 +135,9 @@ impl Scenario {
         extent: Extent,
         (peak, echo): (Option<f64>, f64),
     ) -> Result<Figure> {
-        let of_peak = |part| peak.map(|peak| peak * part).context("the peak of `sell` is not known: run it first");
-        let pace = match self {
-            Scenario::Steady => Pace::PerSecond(of_peak(0.5)?),
-            Scenario::Abandon => Pace::PerSecond(of_peak(0.25)?),
-            Scenario::Rush => Pace::AtOnce(100_000),
+        let pace = match (self, self.part_of_the_peak()) {
+            (_, Some(part)) => Pace::PerSecond(part * peak.context("the peak of `sell` is not known")?),
+            (Scenario::Rush, _) => Pace::AtOnce(100_000),
             _ => Pace::Saturating,
         };
         let window = if self == Scenario::Abandon { ABANDONED_AFTER } else { LONG_WINDOW };
@@ -147,7 +154,7 @@ impl Scenario {
             // A minute tells whether locking keeps up with accepting.
             Scenario::Sell => (WARM_UP, extent.length.max(SELL_FOR)),
             // Once every unit has been held, and those that come back are sold again.
-            Scenario::Abandon => (window, extent.length),
+            Scenario::Abandon => (window + WARM_UP, extent.length),
             _ => (WARM_UP, extent.length),
         };
         let load = Load { pace, connections, warm_up, length };

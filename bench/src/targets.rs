@@ -65,7 +65,12 @@ pub fn targets(report: &Report) -> Vec<Target> {
         add(false, name("at half the peak, accepted p99.9 in ms"), steady.map(|f| f.latency_ms[2]), 30.0);
         add(false, name("at half the peak, locked p99 in ms"), steady.and_then(|f| f.locked_within_ms), 100.0);
         let back = |f: &Figure| f.back_within_ms.map(|[late, back]| late + back);
-        add(false, name("abandon, buyable again p99 in ms"), of(Scenario::Abandon).and_then(back), 500.0);
+        add(
+            false,
+            name("abandon at a quarter of the peak, back p99 in ms"),
+            of(Scenario::Abandon).and_then(back),
+            500.0,
+        );
         add(false, name("rush, all held after ms"), of(Scenario::Rush).and_then(|f| f.all_held_after_ms), 1000.0);
     }
     let grpc = report.soldout_grpc.map(|rate| rate / report.grpc_echo);

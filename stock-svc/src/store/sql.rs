@@ -628,7 +628,8 @@ async fn standing(tx: &DatabaseTransaction, record: Record) -> Result<Standing, 
     Ok(Standing { record, outbox_is_empty })
 }
 
-/// Sales that one statement changes: its cost grows with the square, and one for each is a round trip for each.
+/// Sales that one statement changes. Its cost grows with the square, one for each is a round trip for each, and an upsert
+/// would have to name every column that a sale must have.
 const SALES_AT_ONCE: usize = 32;
 
 /// A column, and what a sale has in it.
@@ -643,7 +644,7 @@ const COUNTERS: [Field; 5] = [
     (stock_sale::Column::ReleaseSeq, |r| r.ledger.release_seq.into()),
 ];
 
-/// What only operators and rebuilds change.
+/// What only operators and rebuilds change. Together with [`COUNTERS`] everything that can change.
 const TERMS: [Field; 6] = [
     (stock_sale::Column::Verb, |r| verb_number(r.sale.verb).into()),
     (stock_sale::Column::Version, |r| r.sale.version.into()),
@@ -655,6 +656,9 @@ const TERMS: [Field; 6] = [
 
 /// Writes everything that can change of a sale.
 async fn update_sale(tx: &DatabaseTransaction, record: &Record) -> Result<(), sql::Error> {
+    // A further field belongs into one of the two lists, or it would change in memory alone.
+    let Ledger { total: _, available: _, held: _, sold: _, persisted: _, epoch: _, next_epoch: _, release_seq: _ } =
+        record.ledger;
     update_sales(tx, &[record], &[&COUNTERS[..], &TERMS[..]].concat()).await
 }
 
@@ -666,8 +670,7 @@ async fn update_sales(tx: &DatabaseTransaction, records: &[&Record], fields: &[F
         let mut update = stock_sale::Entity::update_many().filter(these);
         for (column, value) in fields {
             let whose = chunk.iter().fold(CaseStatement::new(), |case, record| case.case(is(record), value(record)));
-            // For its type: PostgreSQL takes a CASE of parameters alone for a text.
-            update = update.col_expr(*column, whose.finally(Expr::col(*column)).into());
+            update = update.col_expr(*column, whose.into());
         }
         update.exec(tx).await?;
     }
