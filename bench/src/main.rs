@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     report::Report,
-    scenario::{Extent, Scenario},
+    scenario::{Extent, PAYING, Scenario},
     site::{Servers, Site, Wiring},
 };
 
@@ -119,7 +119,8 @@ async fn run(args: RunArgs) -> Result<bool> {
     }
     ensure!(args.peak.is_none() || wiring.len() == 1, "`--peak` is one wiring's: name it with `--wiring`");
     let extent = Extent { connections, length: Duration::from_secs(seconds) };
-    let mut report = Report::new(format!("{connections} connections, {seconds} s a scenario"));
+    let mut report =
+        Report::new(format!("{connections} connections, {PAYING} times as many who pay, {seconds} s a scenario"));
     let echo = ceiling::Echo::start().await?;
     report.http_echo = echo.http(connections, ECHO_FOR).await?;
     report.grpc_echo = echo.grpc(ECHO_FOR).await?;

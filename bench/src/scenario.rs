@@ -22,7 +22,7 @@ pub const LONG_WINDOW: Duration = Duration::from_secs(3600);
 /// The payment window where nobody pays: at a quarter of ten thousand orders a second, a hundred thousand are pending.
 const ABANDONED_AFTER: Duration = Duration::from_secs(40);
 /// Who pays comes three times, so that it takes three times as many buyers to keep a mesh as busy.
-const PAYING: usize = 3;
+pub const PAYING: usize = 3;
 /// Accepted orders are locked within this once the load has ended, or the figure is void.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 

@@ -260,7 +260,7 @@ async fn one_request_id_for_two_sales_holds_in_one_and_costs_the_other_nothing()
     }
 }
 
-/// A batch is cut where it has more sales than a statement: each one's counters and buyers stay its own.
+/// I1 and E37 in a batch that meets many sales: each one's counters and buyers stay its own.
 #[tokio::test]
 async fn one_batch_over_many_sales_moves_each_ones_own_counters() {
     const SALES: i64 = 70;
