@@ -3,14 +3,15 @@
 //! - SQLite has one connection a database: writers take turns in our queue and not in its busy loop. Commits are
 //!   synced (WAL, `synchronous=FULL`), so that what was accepted survives a power cut; batching pays for it.
 //! - Transactions are READ COMMITTED on the servers (MySQL's default would read a snapshot older than the lock that
-//!   it waited for) and IMMEDIATE on SQLite.
+//!   it waited for), set once a connection, and IMMEDIATE on SQLite.
 //! - A deadlock, a lock timeout or a serialization failure is repeated here and seen by nobody.
 
 use std::{future::Future, pin::Pin, time::Duration};
 
 use sea_orm::{
-    ConnectOptions, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IsolationLevel, RuntimeErr, SqlErr,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait, sqlx::Connection as _,
+    ConnectOptions, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqlErr,
+    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+    sqlx::{Connection as _, Executor as _},
 };
 
 use crate::chance;
@@ -19,9 +20,21 @@ use crate::chance;
 /// would hold its caller for as long as TCP hopes, which is a quarter of an hour. Longer than any caller waits.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Statements that a connection keeps parsed. A service has up to ten sizes of some dozen statements (see [`chunks`]); with
-/// fewer places than that, each would be parsed again whenever it comes.
+/// Statements that a connection keeps parsed. A service has up to ten or two dozen sizes of some dozen statements (see
+/// [`chunks`]); with fewer places than that, each would be parsed again whenever it comes.
 const TEXTS: usize = 256;
+
+/// The same of MySQL and MariaDB, which refuse further ones beyond 16,382 of a server's connections together
+/// (`max_prepared_stmt_count`): four services in two replicas with all their connections stay below it.
+const MYSQL_TEXTS: usize = 120;
+
+/// A server's connection that nobody used for so long is tried before it is used again. Trying it each time would be one
+/// more round trip for every transaction; never, and after a server's restart every connection would fail once. Under load
+/// none is tried: a machine that went away without a word is noticed by the statement that waits for it.
+const UNTRIED: Duration = Duration::from_millis(500);
+
+/// Rows that SQLite's thread reads ahead. With fewer places than a batch has rows, it would stop and be woken in between.
+const ROWS_AHEAD: usize = 1_024;
 
 /// How often a transaction that lost against another is begun again.
 const ATTEMPTS: u32 = 10;
@@ -57,13 +70,18 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
     options.sqlx_logging(false).acquire_timeout(Duration::from_secs(5)).connect_timeout(Duration::from_secs(5));
     if url.starts_with("sqlite:") {
         options.max_connections(1).min_connections(1).idle_timeout(None).max_lifetime(None);
+        // It cannot go away, and everything that is asked of it is a switch to its thread and back.
+        options.test_before_acquire(false);
         // When there is no room, SQLite rolls back by itself. Its driver then takes the next transactions for parts of one
-        // that nobody ever commits: they would be seen here and lost with this connection.
+        // that nobody ever commits: they would be seen here and lost with this connection. A transaction that was asked
+        // for and not awaited does not show yet; the pool tries the connection once more after this, and it does then.
         options.map_sqlx_sqlite_pool_opts(|pool| {
             pool.after_release(|connection, _| {
                 Box::pin(async move {
-                    // Answered after a rollback that was only asked for.
-                    connection.ping().await?;
+                    if connection.is_in_transaction() {
+                        // Answered after a rollback that was only asked for.
+                        connection.ping().await?;
+                    }
                     Ok(!connection.is_in_transaction())
                 })
             })
@@ -72,20 +90,34 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
             o.create_if_missing(true)
                 .foreign_keys(false)
                 .busy_timeout(Duration::from_secs(10))
+                .row_buffer_size(ROWS_AHEAD)
+                .statement_cache_capacity(TEXTS)
                 .pragma("journal_mode", "WAL")
                 .pragma("synchronous", "FULL")
                 .pragma("cache_size", "-4000")
                 .pragma("wal_autocheckpoint", "4000")
         });
     } else {
-        options.max_connections(16).min_connections(1);
+        options.max_connections(16).min_connections(1).test_before_acquire_if_idle_for(UNTRIED);
         // Every statement of ours looks rows up by a key. A table that was empty when its plan was made is still
         // scanned when it has a hundred thousand rows, for as long as nobody has analysed it: a sale is over by then.
         // And for the same reason no plan is better for knowing the parameters: planning a list of 512 keys anew each time
         // is a fifth of running it.
-        let settings = [("enable_seqscan", "off"), ("plan_cache_mode", "force_generic_plan")];
+        let settings = [
+            ("enable_seqscan", "off"),
+            ("plan_cache_mode", "force_generic_plan"),
+            ("default_transaction_isolation", "read committed"),
+        ];
         options.map_sqlx_postgres_opts(move |o| o.options(settings).statement_cache_capacity(TEXTS));
-        options.map_sqlx_mysql_opts(|o| o.statement_cache_capacity(TEXTS));
+        options.map_sqlx_mysql_opts(|o| o.statement_cache_capacity(MYSQL_TEXTS));
+        options.map_sqlx_mysql_pool_opts(|pool| {
+            pool.after_connect(|connection, _| {
+                Box::pin(async move {
+                    connection.execute("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED").await?;
+                    Ok(())
+                })
+            })
+        });
     }
     sea_orm::Database::connect(options).await
 }
@@ -137,13 +169,13 @@ async fn once<T, F>(db: &DatabaseConnection, work: &F) -> Result<T, Error>
 where
     F: for<'c> Fn(&'c DatabaseTransaction) -> TxFuture<'c, T>,
 {
-    let options = match db.get_database_backend() {
+    let tx = match db.get_database_backend() {
         DbBackend::Sqlite => {
-            TransactionOptions { sqlite_transaction_mode: Some(SqliteTransactionMode::Immediate), ..Default::default() }
+            let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
+            db.begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() }).await?
         }
-        _ => TransactionOptions { isolation_level: Some(IsolationLevel::ReadCommitted), ..Default::default() },
+        _ => db.begin().await?,
     };
-    let tx = db.begin_with_options(options).await?;
     match work(&tx).await {
         Ok(value) => {
             tx.commit().await?;
@@ -163,16 +195,27 @@ const MOST_ROWS: usize = 512;
 /// Keys of one statement, at most.
 const MOST_KEYS: usize = 512;
 
-/// Cuts rows into the pieces that one INSERT takes each. Their sizes are powers of two, so that a handful of texts serves
+/// Rows below which a statement costs more than what it writes: pieces have finer sizes there.
+const FINE_ROWS: usize = 64;
+
+/// Cuts rows into the pieces that one INSERT takes each. There are some two dozen sizes, so that as many texts serve
 /// batches of every size: each text is parsed once a connection and kept. A text for every size would be parsed nearly
-/// every time, and the kept ones take a megabyte each.
+/// every time, and the kept ones take two kilobytes a row.
 pub fn chunks<T>(mut rows: &[T]) -> impl Iterator<Item = &[T]> {
     std::iter::from_fn(move || {
-        let size = 1 << rows.len().min(MOST_ROWS).checked_ilog2()?;
-        let (chunk, rest) = rows.split_at(size);
+        let (chunk, rest) = rows.split_at(piece(rows.len())?);
         rows = rest;
         Some(chunk)
     })
+}
+
+/// The largest size of a piece that so many rows fill: a power of two, or a quarter, a half or three quarters more
+/// than one among the fine ones.
+fn piece(rows: usize) -> Option<usize> {
+    let rows = rows.min(MOST_ROWS);
+    let power = 1_usize << rows.checked_ilog2()?;
+    let step = if rows < FINE_ROWS { (power / 4).max(1) } else { power };
+    Some(rows - rows % step)
 }
 
 /// Cuts keys into the pieces that one list of `IN` takes each. Padded to powers of two with the last key, for the reason
@@ -203,16 +246,22 @@ fn lost_against_another(error: &DbErr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use sea_orm::Statement;
+
     use super::*;
 
     #[test]
-    fn rows_are_cut_into_powers_of_two_and_none_is_lost() {
-        for len in [0, 1, 2, 3, 100, 255, 256, 257, 1000] {
+    fn rows_are_cut_into_few_pieces_of_few_sizes_and_none_is_lost() {
+        let mut sizes = std::collections::BTreeSet::new();
+        for len in 0..=1_100 {
             let rows: Vec<usize> = (0..len).collect();
             let cut: Vec<&[usize]> = chunks(&rows).collect();
             assert_eq!(cut.concat(), rows);
-            assert!(cut.iter().all(|chunk| chunk.len().is_power_of_two() && chunk.len() <= MOST_ROWS), "{len}");
+            assert!(len >= FINE_ROWS || cut.len() <= 3, "{len} rows are {} pieces", cut.len());
+            sizes.extend(cut.iter().map(|piece| piece.len()));
         }
+        assert_eq!(sizes.len(), 23, "{sizes:?}");
+        assert_eq!(sizes.last(), Some(&MOST_ROWS));
     }
 
     #[test]
@@ -227,10 +276,38 @@ mod tests {
         assert_eq!(all, keys);
     }
 
+    /// What waited for a lock must read what the lock's owner wrote: MySQL's own default would not.
+    #[tokio::test]
+    async fn a_transaction_of_a_server_reads_what_others_have_committed_since() {
+        use sea_orm::ConnectionTrait;
+        let databases = crate::testing::databases().await;
+        for database in databases.iter().filter(|database| database.kind != "sqlite") {
+            let run = |sql: &'static str| database.connection.execute_unprepared(sql);
+            run("CREATE TABLE readings (id INTEGER PRIMARY KEY, n INTEGER NOT NULL)").await.unwrap();
+            run("INSERT INTO readings VALUES (1, 0)").await.unwrap();
+            let seen = transaction(&database.connection, |tx| {
+                let other = database.connection.clone();
+                Box::pin(async move {
+                    let mut seen = Vec::new();
+                    for _ in 0..2 {
+                        let select = Statement::from_string(tx.get_database_backend(), "SELECT n FROM readings");
+                        let row = tx.query_one_raw(select).await?;
+                        seen.push(row.map(|row| row.try_get::<i32>("", "n")).transpose()?);
+                        other.execute_unprepared("UPDATE readings SET n = n + 1").await?;
+                    }
+                    Ok(seen)
+                })
+            })
+            .await
+            .unwrap();
+            assert_eq!(seen, [Some(0), Some(1)], "{}", database.kind);
+        }
+    }
+
     /// E21, on SQLite: what it does by itself when the disk is full must not cost what is committed later.
     #[tokio::test]
     async fn what_is_committed_after_sqlite_has_rolled_back_by_itself_is_on_disk() {
-        use sea_orm::{ConnectionTrait, Statement};
+        use sea_orm::ConnectionTrait;
         let database = crate::testing::sqlite().await;
         let run = async |sql: &'static str, fails: bool| {
             transaction(&database.connection, move |tx| {

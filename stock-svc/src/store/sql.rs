@@ -13,7 +13,7 @@ use sea_orm::{
     ActiveValue::{NotSet, Set},
     DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, IntoActiveModel, QueryOrder, QueryResult, QuerySelect,
     prelude::*,
-    sea_query::{Alias, ExprTrait, Func, OnConflict, Query},
+    sea_query::{Alias, CaseStatement, ExprTrait, Func, OnConflict, Query, Value},
 };
 
 use super::{Applied, Counted, Fenced, Hook, Operation, Outcome, Outgoing, Record, Standing, Store};
@@ -427,20 +427,20 @@ async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64
     let sales: BTreeSet<&SaleId> = items.iter().map(|(sale, _)| sale).collect();
     let mut records = lock_sales(tx, &sales).await?;
     let holds = read_holds(tx, items.iter().map(|(_, operation)| operation.hold())).await?;
-    let mut books = BTreeMap::new();
-    for (id, record) in &records {
-        let of_sale = items.iter().filter(|(sale, _)| sale == id).map(|(_, operation)| operation);
-        let (mut there, mut buyers) = (BTreeMap::new(), BTreeSet::new());
-        for operation in of_sale {
-            let hold = operation.hold();
-            if let Some(row) = holds.get(&hold) {
-                there.insert(hold, row.clone());
-            }
-            if let Operation::Lock(lock) = operation {
-                buyers.insert(&lock.buyer);
-            }
+    let (mut there, mut buyers) = (BTreeMap::<_, BTreeMap<_, _>>::new(), BTreeSet::new());
+    for (sale, operation) in items.iter().filter(|(sale, _)| records.contains_key(sale)) {
+        let hold = operation.hold();
+        if let Some(row) = holds.get(&hold) {
+            there.entry(sale).or_default().insert(hold, row.clone());
         }
-        let bought = read_bought(tx, id, &buyers).await?;
+        if let Operation::Lock(lock) = operation {
+            buyers.insert((sale, &lock.buyer));
+        }
+    }
+    let mut bought = read_bought(tx, &buyers).await?;
+    let mut books: BTreeMap<SaleId, Book> = BTreeMap::new();
+    for (id, record) in &records {
+        let (there, bought) = (there.remove(id).unwrap_or_default(), bought.remove(id).unwrap_or_default());
         books.insert(id.clone(), open_book(record, there, bought));
     }
     let shared = shared_holds(items);
@@ -459,17 +459,19 @@ async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64
         share(&mut books, &shared, sale, operation.hold());
     }
     let mut all_changes = Vec::with_capacity(books.len());
+    let mut moved = BTreeSet::new();
     for (id, book) in books {
         let (ledger, changes) = book.close();
         if let Some(record) = records.get_mut(&id)
             && record.ledger != ledger
         {
             record.ledger = ledger;
-            update_sale(tx, record).await?;
+            moved.insert(id.clone());
         }
         applied.has_refunds |= !changes.outbox.is_empty();
         all_changes.push((id, changes));
     }
+    update_sales(tx, &moved.iter().map(|id| &records[id]).collect::<Vec<_>>(), &COUNTERS).await?;
     write(tx, all_changes, now).await?;
     applied.records = records;
     Ok(applied)
@@ -522,16 +524,19 @@ async fn lock_sale(tx: &DatabaseTransaction, sale: &SaleId) -> Result<Record, sq
 
 /// Locks the rows in order of their ids.
 async fn lock_sales(tx: &DatabaseTransaction, ids: &BTreeSet<&SaleId>) -> Result<BTreeMap<SaleId, Record>, sql::Error> {
-    let rows = stock_sale::Entity::find()
-        .filter(stock_sale::Column::SaleId.is_in(ids.iter().map(|id| id.as_str())))
-        .order_by_asc(stock_sale::Column::SaleId)
-        .lock_exclusive()
-        .all(tx)
-        .await?;
+    let ids: Vec<&SaleId> = ids.iter().copied().collect();
     let mut records = BTreeMap::new();
-    for row in rows {
-        let record = record_of(row)?;
-        records.insert(record.sale.id.clone(), record);
+    for chunk in sql::key_chunks(&ids) {
+        let rows = stock_sale::Entity::find()
+            .filter(stock_sale::Column::SaleId.is_in(chunk.iter().map(|id| id.as_str())))
+            .order_by_asc(stock_sale::Column::SaleId)
+            .lock_exclusive()
+            .all(tx)
+            .await?;
+        for row in rows {
+            let record = record_of(row)?;
+            records.insert(record.sale.id.clone(), record);
+        }
     }
     Ok(records)
 }
@@ -553,32 +558,37 @@ async fn read_holds(
     Ok(holds)
 }
 
-/// What these buyers hold or own of the sale.
+/// What these buyers hold or own of these sales.
 async fn read_bought(
     tx: &DatabaseTransaction,
-    sale: &SaleId,
-    buyers: &BTreeSet<&BuyerId>,
-) -> Result<BTreeMap<BuyerId, i64>, sql::Error> {
+    buyers: &BTreeSet<(&SaleId, &BuyerId)>,
+) -> Result<BTreeMap<SaleId, BTreeMap<BuyerId, i64>>, sql::Error> {
     use stock_hold::Column;
     // A sum is a decimal on two of the three, and only MySQL calls the integer otherwise.
     let integer = if tx.get_database_backend() == DbBackend::MySql { "SIGNED" } else { "BIGINT" };
-    let mut bought = BTreeMap::new();
-    let buyers: Vec<_> = buyers.iter().map(|buyer| sale_buyer(sale, buyer.as_str())).collect();
-    for chunk in sql::key_chunks(&buyers) {
+    let of_key: BTreeMap<String, _> =
+        buyers.iter().map(|(sale, buyer)| (sale_buyer(sale, buyer.as_str()), (*sale, *buyer))).collect();
+    let keys: Vec<&str> = of_key.keys().map(String::as_str).collect();
+    let mut bought = BTreeMap::<SaleId, BTreeMap<BuyerId, i64>>::new();
+    for chunk in sql::key_chunks(&keys) {
         let rows: Vec<(String, i64)> = stock_hold::Entity::find()
             .select_only()
-            .column(Column::Buyer)
+            .column(Column::SaleBuyer)
             .column_as(Column::Quantity.sum().cast_as(Alias::new(integer)), "units")
             .filter(Column::SaleBuyer.is_in(chunk))
             .filter(Column::State.is_in([LOCKED, SOLD]))
-            .group_by(Column::Buyer)
+            // By this column and no other: for a group of `sale_id`, PostgreSQL that has not analysed the table walks
+            // that column's index, which compares every hold of the sale with every key. That is a second a batch.
+            .group_by(Column::SaleBuyer)
             // MySQL takes "a" and "a " for the same text, and they are two buyers.
-            .group_by(Func::char_length(Expr::col(Column::Buyer)))
+            .group_by(Func::char_length(Expr::col(Column::SaleBuyer)))
             .into_tuple()
             .all(tx)
             .await?;
-        for (buyer, units) in rows {
-            bought.insert(BuyerId::parse(&buyer)?, units);
+        for (key, units) in rows {
+            // For the same reason MySQL may find somebody who was not asked for.
+            let Some((sale, buyer)) = of_key.get(&key) else { continue };
+            bought.entry((*sale).clone()).or_default().insert((*buyer).clone(), units);
         }
     }
     Ok(bought)
@@ -622,25 +632,52 @@ async fn standing(tx: &DatabaseTransaction, record: Record) -> Result<Standing, 
     Ok(Standing { record, outbox_is_empty })
 }
 
-/// Everything that can change of a sale.
+/// Sales that one statement changes. Its cost grows with the square, one for each is a round trip for each, and an upsert
+/// would have to name every column that a sale must have.
+const SALES_AT_ONCE: usize = 32;
+
+/// A column, and what a sale has in it.
+type Field = (stock_sale::Column, fn(&Record) -> Value);
+
+/// What the operations of a batch change of a sale.
+const COUNTERS: [Field; 5] = [
+    (stock_sale::Column::Available, |r| r.ledger.available.into()),
+    (stock_sale::Column::Held, |r| r.ledger.held.into()),
+    (stock_sale::Column::Sold, |r| r.ledger.sold.into()),
+    (stock_sale::Column::Persisted, |r| r.ledger.persisted.into()),
+    (stock_sale::Column::ReleaseSeq, |r| r.ledger.release_seq.into()),
+];
+
+/// What only operators and rebuilds change. Together with [`COUNTERS`] everything that can change.
+const TERMS: [Field; 6] = [
+    (stock_sale::Column::Verb, |r| verb_number(r.sale.verb).into()),
+    (stock_sale::Column::Version, |r| r.sale.version.into()),
+    (stock_sale::Column::CloseAt, |r| r.sale.close_at.into()),
+    (stock_sale::Column::Total, |r| r.ledger.total.into()),
+    (stock_sale::Column::Epoch, |r| r.ledger.epoch.into()),
+    (stock_sale::Column::NextEpoch, |r| r.ledger.next_epoch.into()),
+];
+
+/// Writes everything that can change of a sale.
 async fn update_sale(tx: &DatabaseTransaction, record: &Record) -> Result<(), sql::Error> {
-    let Record { sale, ledger } = record;
-    let row = stock_sale::ActiveModel {
-        verb: Set(verb_number(sale.verb)),
-        version: Set(sale.version),
-        close_at: Set(sale.close_at),
-        total: Set(ledger.total),
-        available: Set(ledger.available),
-        held: Set(ledger.held),
-        sold: Set(ledger.sold),
-        persisted: Set(ledger.persisted),
-        epoch: Set(ledger.epoch),
-        next_epoch: Set(ledger.next_epoch),
-        release_seq: Set(ledger.release_seq),
-        ..Default::default()
-    };
-    let this = stock_sale::Column::SaleId.eq(sale.id.as_str());
-    stock_sale::Entity::update_many().set(row).filter(this).exec(tx).await?;
+    // A further field belongs into one of the two lists, or it would change in memory alone.
+    let Ledger { total: _, available: _, held: _, sold: _, persisted: _, epoch: _, next_epoch: _, release_seq: _ } =
+        record.ledger;
+    update_sales(tx, &[record], &[&COUNTERS[..], &TERMS[..]].concat()).await
+}
+
+/// Writes these fields of these sales, whose rows are locked.
+async fn update_sales(tx: &DatabaseTransaction, records: &[&Record], fields: &[Field]) -> Result<(), sql::Error> {
+    for chunk in records.chunks(SALES_AT_ONCE).flat_map(sql::key_chunks) {
+        let is = |record: &Record| stock_sale::Column::SaleId.eq(record.sale.id.as_str());
+        let these = stock_sale::Column::SaleId.is_in(chunk.iter().map(|record| record.sale.id.as_str()));
+        let mut update = stock_sale::Entity::update_many().filter(these);
+        for (column, value) in fields {
+            let whose = chunk.iter().fold(CaseStatement::new(), |case, record| case.case(is(record), value(record)));
+            update = update.col_expr(*column, whose.into());
+        }
+        update.exec(tx).await?;
+    }
     Ok(())
 }
 
