@@ -113,7 +113,7 @@ const ECHO_FOR: Duration = Duration::from_secs(4);
 async fn run(args: RunArgs) -> Result<bool> {
     let RunArgs { program, wiring, scenario, seconds, connections, out, servers, .. } = args;
     let sells_at = scenario.iter().position(|scenario| *scenario == Scenario::Sell);
-    for (at, scenario) in scenario.iter().enumerate().filter(|(_, scenario)| scenario.part_of_the_peak().is_some()) {
+    for (at, scenario) in scenario.iter().enumerate().filter(|(_, scenario)| scenario.is_below_the_peak()) {
         let is_known = args.peak.is_some() || sells_at.is_some_and(|sells_at| sells_at < at);
         ensure!(is_known, "{scenario:?} comes at a part of the peak: run `sell` before it, or give `--peak`");
     }

@@ -103,27 +103,54 @@ const WRITTEN: &str = "seckill_placed_to_locked_seconds_count";
 const WARM_UP: Duration = Duration::from_secs(3);
 const SELL_FOR: Duration = Duration::from_secs(60);
 
-impl Scenario {
-    fn sales(self) -> u64 {
-        match self {
-            Scenario::Hot100 => 100,
-            Scenario::Uniform => 1_000,
-            _ => 1,
-        }
-    }
+/// How a scenario is played.
+struct Play {
+    sales: u64,
+    /// Units of each sale.
+    stock: u64,
+    /// For payment.
+    window: Duration,
+    /// What visitors come for.
+    deed: Deed,
+    load: Load,
+}
 
+impl Scenario {
     /// Whether its target is a part of the echo.
     pub fn is_beside_the_echo(self) -> bool {
         matches!(self, Scenario::Sell | Scenario::Soldout)
     }
 
-    /// The part of `sell`'s peak at which buyers come, where they come at a rate.
-    pub fn part_of_the_peak(self) -> Option<f64> {
-        match self {
-            Scenario::Steady => Some(0.5),
-            Scenario::Abandon => Some(0.25),
-            _ => None,
-        }
+    /// Whether buyers come at a part of `sell`'s peak, which has to be known then.
+    pub fn is_below_the_peak(self) -> bool {
+        matches!(self, Scenario::Steady | Scenario::Abandon)
+    }
+
+    fn play(self, Extent { connections, length }: Extent, peak: Option<f64>) -> Result<Play> {
+        let of_the_peak = |part: f64| Ok::<_, anyhow::Error>(part * peak.context("the peak of `sell` is not known")?);
+        let load = Load { pace: Pace::Saturating, connections, warm_up: WARM_UP, length };
+        let plain = Play { sales: 1, stock: PLENTY, window: LONG_WINDOW, deed: Deed::Place, load };
+        Ok(match self {
+            // A minute tells whether locking keeps up with accepting.
+            Scenario::Sell => Play { load: Load { length: length.max(SELL_FOR), ..load }, ..plain },
+            Scenario::Steady => Play { load: Load { pace: Pace::PerSecond(of_the_peak(0.5)?), ..load }, ..plain },
+            Scenario::Pay => {
+                Play { deed: Deed::Pay, load: Load { connections: PAYING * connections, ..load }, ..plain }
+            }
+            Scenario::Soldout => Play { stock: 1, deed: Deed::BeRefused, ..plain },
+            Scenario::Rush => Play { stock: 1_000, load: Load { pace: Pace::AtOnce(100_000), ..load }, ..plain },
+            Scenario::Hot100 => Play { sales: 100, ..plain },
+            Scenario::Uniform => Play { sales: 1_000, ..plain },
+            // As many units as are sold within a window: who comes later buys what has come back. Counted once every unit
+            // has been held.
+            Scenario::Abandon => {
+                let rate = of_the_peak(0.25)?;
+                let stock = (rate * ABANDONED_AFTER.as_secs_f64()) as u64;
+                let load = Load { pace: Pace::PerSecond(rate), warm_up: ABANDONED_AFTER + WARM_UP, ..load };
+                Play { stock, window: ABANDONED_AFTER, load, ..plain }
+            }
+            Scenario::Browse => Play { deed: Deed::Browse, ..plain },
+        })
     }
 
     /// Runs on a fresh mesh, stops it and audits what it left. `peak` is what `sell` came to on the same wiring, `echo`
@@ -135,36 +162,9 @@ impl Scenario {
         extent: Extent,
         (peak, echo): (Option<f64>, f64),
     ) -> Result<Figure> {
-        let pace = match (self, self.part_of_the_peak()) {
-            (_, Some(part)) => Pace::PerSecond(part * peak.context("the peak of `sell` is not known")?),
-            (Scenario::Rush, _) => Pace::AtOnce(100_000),
-            _ => Pace::Saturating,
-        };
-        let window = if self == Scenario::Abandon { ABANDONED_AFTER } else { LONG_WINDOW };
-        let stock = match (self, pace) {
-            (Scenario::Soldout, _) => 1,
-            (Scenario::Rush, _) => 1_000,
-            // What is sold within a window: who comes later buys what has come back.
-            (Scenario::Abandon, Pace::PerSecond(rate)) => (rate * window.as_secs_f64()) as u64,
-            _ => PLENTY,
-        };
-        let sales: Vec<String> = (0..self.sales()).map(|n| format!("sale-{n}")).collect();
-        let connections = extent.connections * if self == Scenario::Pay { PAYING } else { 1 };
-        let (warm_up, length) = match self {
-            // A minute tells whether locking keeps up with accepting.
-            Scenario::Sell => (WARM_UP, extent.length.max(SELL_FOR)),
-            // Once every unit has been held, and those that come back are sold again.
-            Scenario::Abandon => (window + WARM_UP, extent.length),
-            _ => (WARM_UP, extent.length),
-        };
-        let load = Load { pace, connections, warm_up, length };
-        let what = match self {
-            Scenario::Soldout => Deed::BeRefused,
-            Scenario::Pay => Deed::Pay,
-            Scenario::Browse => Deed::Browse,
-            _ => Deed::Place,
-        };
-        let crowd = Crowd::gather(site, &sales, (stock, window), what).await?;
+        let Play { sales, stock, window, deed, load } = self.play(extent, peak)?;
+        let sales: Vec<String> = (0..sales).map(|n| format!("sale-{n}")).collect();
+        let crowd = Crowd::gather(site, &sales, (stock, window), deed).await?;
         let site = crowd.site.clone();
 
         let watch = Arc::new(tokio::sync::Notify::new());
