@@ -8,16 +8,18 @@
 
 use std::{future::Future, pin::Pin, time::Duration};
 
+use async_trait::async_trait;
 use sea_orm::{
-    ConnectOptions, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqlErr,
-    SqliteTransactionMode, TransactionOptions, TransactionTrait,
+    ConnectOptions, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, ExecResult,
+    QueryResult, RuntimeErr, SqlErr, SqliteTransactionMode, Statement, TransactionOptions, TransactionTrait,
     sqlx::{Connection as _, Executor as _},
 };
 
 use crate::chance;
 
-/// A transaction of a server that takes longer is given up. Without an end, a connection that a dead machine left behind
-/// would hold its caller for as long as TCP hopes, which is a quarter of an hour. Longer than any caller waits.
+/// What is asked of a server is given up after this, a transaction as a whole. Without an end, a connection that a dead
+/// machine left behind would hold its caller for as long as TCP hopes, which is a quarter of an hour. Longer than any
+/// caller waits.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Statements that a connection keeps parsed. A service has up to ten or two dozen sizes of some dozen statements (see
@@ -30,7 +32,7 @@ const MYSQL_TEXTS: usize = 120;
 
 /// A server's connection that nobody used for so long is tried before it is used again. Trying it each time would be one
 /// more round trip for every transaction; never, and after a server's restart every connection would fail once. Under load
-/// none is tried: a machine that went away without a word is noticed by the statement that waits for it.
+/// none is tried: a machine that went away without a word is noticed by [`PATIENCE`].
 const UNTRIED: Duration = Duration::from_millis(500);
 
 /// Rows that SQLite's thread reads ahead. With fewer places than a batch has rows, it would stop and be woken in between.
@@ -73,8 +75,8 @@ pub async fn connect(url: &str) -> Result<DatabaseConnection, DbErr> {
         // It cannot go away, and everything that is asked of it is a switch to its thread and back.
         options.test_before_acquire(false);
         // When there is no room, SQLite rolls back by itself. Its driver then takes the next transactions for parts of one
-        // that nobody ever commits: they would be seen here and lost with this connection. A transaction that was asked
-        // for and not awaited does not show yet; the pool tries the connection once more after this, and it does then.
+        // that nobody ever commits: they would be seen here and lost with this connection. One that was asked for and
+        // not awaited does not show here; SQLite's thread takes it back by itself when it finds nobody to tell.
         options.map_sqlx_sqlite_pool_opts(|pool| {
             pool.after_release(|connection, _| {
                 Box::pin(async move {
@@ -130,19 +132,83 @@ pub fn with_database(base: &str, name: &str) -> String {
     format!("{scheme}://{authority}/{name}{query}")
 }
 
+/// A database as the stores use it: everything that is asked of it has an end, in a transaction or not.
+#[derive(Clone, Debug)]
+pub struct Database(DatabaseConnection);
+
+impl From<DatabaseConnection> for Database {
+    fn from(connection: DatabaseConnection) -> Self {
+        Self(connection)
+    }
+}
+
+#[async_trait]
+impl ConnectionTrait for Database {
+    fn get_database_backend(&self) -> DbBackend {
+        self.0.get_database_backend()
+    }
+
+    async fn execute_raw(&self, statement: Statement) -> Result<ExecResult, DbErr> {
+        self.in_time(self.0.execute_raw(statement)).await
+    }
+
+    async fn execute_unprepared(&self, sql: &str) -> Result<ExecResult, DbErr> {
+        self.in_time(self.0.execute_unprepared(sql)).await
+    }
+
+    async fn query_one_raw(&self, statement: Statement) -> Result<Option<QueryResult>, DbErr> {
+        self.in_time(self.0.query_one_raw(statement)).await
+    }
+
+    async fn query_all_raw(&self, statement: Statement) -> Result<Vec<QueryResult>, DbErr> {
+        self.in_time(self.0.query_all_raw(statement)).await
+    }
+
+    fn support_returning(&self) -> bool {
+        self.0.support_returning()
+    }
+}
+
+impl Database {
+    /// SQLite has no network, and its own limits.
+    async fn in_time<T, E: From<DbErr>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        if self.get_database_backend() == DbBackend::Sqlite {
+            return work.await;
+        }
+        let late = |_| DbErr::Custom(format!("the server gave no answer within {PATIENCE:?}"));
+        tokio::time::timeout(PATIENCE, work).await.map_err(late)?
+    }
+
+    async fn begin(&self) -> Result<DatabaseTransaction, DbErr> {
+        if self.get_database_backend() == DbBackend::Sqlite {
+            let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
+            return self
+                .0
+                .begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() })
+                .await;
+        }
+        // In a task of its own, because a BEGIN whose caller goes away must be waited for all the same: the drivers do not
+        // take back one that was sent and not answered. The next write on its connection would be told done, be part of
+        // that transaction, and be lost with the connection.
+        let connection = self.0.clone();
+        let begun = tokio::spawn(async move { connection.begin().await }).await;
+        begun.map_err(|error| DbErr::Custom(format!("a transaction was not begun: {error}")))?
+    }
+}
+
 /// A boxed future that borrows a transaction.
 pub type TxFuture<'c, T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send + 'c>>;
 
 /// Runs `work` in a transaction: committed when it answers `Ok`, rolled back otherwise, begun again when it lost
 /// against another. `work` may therefore run several times and must keep no effects of its own.
-pub async fn transaction<T, F>(db: &DatabaseConnection, work: F) -> Result<T, Error>
+pub async fn transaction<T, F>(db: &Database, work: F) -> Result<T, Error>
 where
     F: for<'c> Fn(&'c DatabaseTransaction) -> TxFuture<'c, T> + Send + Sync,
     T: Send,
 {
     let mut attempt = 1;
     loop {
-        match in_time(db, once(db, &work)).await {
+        match db.in_time(once(db, &work)).await {
             Err(Error::Db(error)) if attempt < ATTEMPTS && lost_against_another(&error) => {
                 tracing::debug!(%error, attempt, "transaction begun again");
                 metrics::counter!("seckill_sql_retries_total").increment(1);
@@ -156,26 +222,11 @@ where
     }
 }
 
-/// SQLite has no network, and its own limits.
-async fn in_time<T>(db: &DatabaseConnection, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    if db.get_database_backend() == DbBackend::Sqlite {
-        return work.await;
-    }
-    let late = |_| Error::Db(DbErr::Custom(format!("no end of a transaction within {PATIENCE:?}")));
-    tokio::time::timeout(PATIENCE, work).await.map_err(late)?
-}
-
-async fn once<T, F>(db: &DatabaseConnection, work: &F) -> Result<T, Error>
+async fn once<T, F>(db: &Database, work: &F) -> Result<T, Error>
 where
     F: for<'c> Fn(&'c DatabaseTransaction) -> TxFuture<'c, T>,
 {
-    let tx = match db.get_database_backend() {
-        DbBackend::Sqlite => {
-            let sqlite_transaction_mode = Some(SqliteTransactionMode::Immediate);
-            db.begin_with_options(TransactionOptions { sqlite_transaction_mode, ..Default::default() }).await?
-        }
-        _ => db.begin().await?,
-    };
+    let tx = db.begin().await?;
     match work(&tx).await {
         Ok(value) => {
             tx.commit().await?;
@@ -246,9 +297,17 @@ fn lost_against_another(error: &DbErr) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use sea_orm::Statement;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{
+            TcpListener, TcpStream,
+            tcp::{OwnedReadHalf, OwnedWriteHalf},
+        },
+        sync::watch,
+    };
 
     use super::*;
+    use crate::testing::{TestDatabase, eventually};
 
     #[test]
     fn rows_are_cut_into_few_pieces_of_few_sizes_and_none_is_lost() {
@@ -276,41 +335,141 @@ mod tests {
         assert_eq!(all, keys);
     }
 
-    /// What waited for a lock must read what the lock's owner wrote: MySQL's own default would not.
+    /// A way to a server that can be shut: what is on it then waits.
+    struct Gate {
+        url: String,
+        open: watch::Sender<bool>,
+    }
+
+    impl Gate {
+        async fn before(database: &TestDatabase) -> Self {
+            let (start, rest) = database.url.split_once('@').expect("a URL with a user");
+            let (server, name) = rest.split_once('/').expect("a URL with a database");
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("{start}@{}/{name}", listener.local_addr().unwrap());
+            let (open, gate) = watch::channel(true);
+            let server = server.to_owned();
+            tokio::spawn(async move {
+                while let Ok((here, _)) = listener.accept().await {
+                    let (from_here, to_here) = here.into_split();
+                    let (from_there, to_there) = TcpStream::connect(&server).await.unwrap().into_split();
+                    tokio::spawn(pass(from_here, to_there, gate.clone()));
+                    tokio::spawn(pass(from_there, to_here, gate.clone()));
+                }
+            });
+            Self { url, open }
+        }
+
+        /// The database behind it, with a connection that waits to be used, and is not tried first.
+        async fn passed(&self) -> Database {
+            let db = Database::from(connect(&self.url).await.unwrap());
+            eventually("a connection at rest", async || {
+                let idle = match db.get_database_backend() {
+                    DbBackend::Postgres => db.0.get_postgres_connection_pool().num_idle(),
+                    _ => db.0.get_mysql_connection_pool().num_idle(),
+                };
+                (idle > 0).then_some(())
+            })
+            .await;
+            db
+        }
+    }
+
+    async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut gate: watch::Receiver<bool>) {
+        let mut bytes = [0; 4_096];
+        while let Ok(count @ 1..) = from.read(&mut bytes).await {
+            if gate.wait_for(|open| *open).await.is_err() || to.write_all(&bytes[..count]).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn servers() -> Vec<TestDatabase> {
+        let mut databases = crate::testing::databases().await;
+        databases.retain(|database| database.kind != "sqlite");
+        databases
+    }
+
+    async fn count(db: &impl ConnectionTrait, table: &str) -> i64 {
+        let select = Statement::from_string(db.get_database_backend(), format!("SELECT COUNT(*) AS n FROM {table}"));
+        db.query_one_raw(select).await.unwrap().unwrap().try_get("", "n").unwrap()
+    }
+
+    /// A machine that goes away says nothing, and neither does TCP for a quarter of an hour.
+    #[tokio::test]
+    async fn a_server_that_says_nothing_more_is_not_waited_for_for_ever() {
+        for database in servers().await {
+            let gate = Gate::before(&database).await;
+            for in_transaction in [false, true] {
+                let db = gate.passed().await;
+                gate.open.send_replace(false);
+                tokio::time::pause();
+                let error = if in_transaction {
+                    transaction(&db, |_| Box::pin(async { Ok(()) })).await.unwrap_err().to_string()
+                } else {
+                    db.execute_unprepared("SELECT 1").await.unwrap_err().to_string()
+                };
+                assert!(error.contains("no answer within 30s"), "{}: {error}", database.kind);
+                tokio::time::resume();
+                gate.open.send_replace(true);
+            }
+        }
+    }
+
+    /// What is told done is committed, though somebody went away whose BEGIN was on the connection's way before it.
+    #[tokio::test]
+    async fn a_transaction_that_is_given_up_while_it_begins_takes_no_later_write_with_it() {
+        const WRITES: i64 = 20;
+        for database in servers().await {
+            database.connection.execute_unprepared("CREATE TABLE told (id INTEGER PRIMARY KEY)").await.unwrap();
+            let gate = Gate::before(&database).await;
+            let db = gate.passed().await;
+            gate.open.send_replace(false);
+            let work = transaction(&db, |_| Box::pin(async { Ok(()) }));
+            tokio::time::timeout(Duration::from_millis(100), work).await.unwrap_err();
+            gate.open.send_replace(true);
+            for n in 0..WRITES {
+                db.execute_unprepared(&format!("INSERT INTO told VALUES ({n})")).await.unwrap();
+                // The connection of the BEGIN comes back meanwhile.
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            assert_eq!(count(&database.connection, "told").await, WRITES, "{}", database.kind);
+        }
+    }
+
+    /// What waited for a lock must read what the lock's owner wrote: MySQL's own default would not, nor would a
+    /// PostgreSQL database that somebody has set so.
     #[tokio::test]
     async fn a_transaction_of_a_server_reads_what_others_have_committed_since() {
-        use sea_orm::ConnectionTrait;
-        let databases = crate::testing::databases().await;
-        for database in databases.iter().filter(|database| database.kind != "sqlite") {
-            let run = |sql: &'static str| database.connection.execute_unprepared(sql);
-            run("CREATE TABLE readings (id INTEGER PRIMARY KEY, n INTEGER NOT NULL)").await.unwrap();
-            run("INSERT INTO readings VALUES (1, 0)").await.unwrap();
-            let seen = transaction(&database.connection, |tx| {
-                let other = database.connection.clone();
+        for database in servers().await {
+            let name = database.url.rsplit('/').next().unwrap();
+            if database.kind == "postgres" {
+                let set = format!("ALTER DATABASE {name} SET default_transaction_isolation = 'repeatable read'");
+                database.connection.execute_unprepared(&set).await.unwrap();
+            }
+            let connection = connect(&database.url).await.unwrap();
+            connection.execute_unprepared("CREATE TABLE readings (id INTEGER PRIMARY KEY)").await.unwrap();
+            let seen = transaction(&connection.clone().into(), |tx| {
+                let other = connection.clone();
                 Box::pin(async move {
-                    let mut seen = Vec::new();
-                    for _ in 0..2 {
-                        let select = Statement::from_string(tx.get_database_backend(), "SELECT n FROM readings");
-                        let row = tx.query_one_raw(select).await?;
-                        seen.push(row.map(|row| row.try_get::<i32>("", "n")).transpose()?);
-                        other.execute_unprepared("UPDATE readings SET n = n + 1").await?;
-                    }
-                    Ok(seen)
+                    let before = count(tx, "readings").await;
+                    other.execute_unprepared("INSERT INTO readings VALUES (1)").await?;
+                    Ok([before, count(tx, "readings").await])
                 })
             })
             .await
             .unwrap();
-            assert_eq!(seen, [Some(0), Some(1)], "{}", database.kind);
+            assert_eq!(seen, [0, 1], "{}", database.kind);
         }
     }
 
     /// E21, on SQLite: what it does by itself when the disk is full must not cost what is committed later.
     #[tokio::test]
     async fn what_is_committed_after_sqlite_has_rolled_back_by_itself_is_on_disk() {
-        use sea_orm::ConnectionTrait;
         let database = crate::testing::sqlite().await;
+        let db = Database::from(database.connection.clone());
         let run = async |sql: &'static str, fails: bool| {
-            transaction(&database.connection, move |tx| {
+            transaction(&db, move |tx| {
                 Box::pin(async move {
                     tx.execute_unprepared(sql).await?;
                     if fails { Err(Error::Domain(proto::Error::internal("no room"))) } else { Ok(()) }

@@ -233,13 +233,13 @@ fn clipped(text: &str) -> &str {
 /// Sagas in SQL.
 #[derive(Clone, Debug)]
 pub struct SqlStore {
-    db: DatabaseConnection,
+    db: sql::Database,
 }
 
 impl SqlStore {
     /// On a database that is migrated.
     pub fn new(db: DatabaseConnection) -> Self {
-        Self { db }
+        Self { db: db.into() }
     }
 }
 

@@ -53,13 +53,13 @@ use order_record::{ActiveModel, Column, Entity, Model};
 /// Order records in a SQL database.
 #[derive(Clone, Debug)]
 pub struct SqlStore {
-    db: DatabaseConnection,
+    db: sql::Database,
 }
 
 impl SqlStore {
     /// On a migrated database.
     pub fn new(db: DatabaseConnection) -> Self {
-        Self { db }
+        Self { db: db.into() }
     }
 }
 

@@ -109,7 +109,7 @@ pub struct SimConfig {
 /// The simulated provider. Cheap to clone.
 #[derive(Clone)]
 pub struct SimProvider {
-    db: DatabaseConnection,
+    db: sql::Database,
     clock: Clock,
     late_capture: Duration,
     silent_while: Option<Arc<Path>>,
@@ -147,6 +147,7 @@ impl SimProvider {
     /// Opens its books, on a database migrated for payment-svc.
     pub fn start(db: DatabaseConnection, clock: Clock, config: SimConfig, life: &Lifecycle) -> Self {
         let secret = config.webhook_secret.unwrap_or_else(|| rand::random::<[u8; 32]>().to_vec());
+        let db = sql::Database::from(db);
         let calls = {
             let (db, clock) = (db.clone(), clock.clone());
             Batcher::start("payment_sim", LIMITS, life.tasks(), move |calls: Vec<Call>| {
@@ -355,7 +356,7 @@ async fn never_answered(why: &str) -> ProviderError {
 const CODE: &str = "card_declined";
 
 /// Answers calls in one transaction: each with its row as it is after the call.
-async fn answer(db: &DatabaseConnection, calls: Vec<Call>, now_ms: i64) -> Result<Vec<Option<Model>>> {
+async fn answer(db: &sql::Database, calls: Vec<Call>, now_ms: i64) -> Result<Vec<Option<Model>>> {
     let calls = Arc::new(calls);
     let rows = transaction(db, |tx| {
         let calls = calls.clone();

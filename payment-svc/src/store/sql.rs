@@ -105,7 +105,7 @@ use payment_outbox as outbox;
 /// Books in a SQL database.
 #[derive(Clone, Debug)]
 pub struct SqlStore {
-    db: DatabaseConnection,
+    db: sql::Database,
 }
 
 type Books = BTreeMap<OrderId, Book>;
@@ -113,7 +113,7 @@ type Books = BTreeMap<OrderId, Book>;
 impl SqlStore {
     /// On a migrated database.
     pub fn new(db: DatabaseConnection) -> Self {
-        Self { db }
+        Self { db: db.into() }
     }
 }
 

@@ -171,13 +171,13 @@ const CLOSED: i32 = 3;
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct SqlStore {
-    db: DatabaseConnection,
+    db: sql::Database,
 }
 
 impl SqlStore {
     /// On a migrated database.
     pub fn new(db: DatabaseConnection) -> Self {
-        Self { db }
+        Self { db: db.into() }
     }
 }
 
@@ -660,7 +660,8 @@ const TERMS: [Field; 6] = [
 
 /// Writes everything that can change of a sale.
 async fn update_sale(tx: &DatabaseTransaction, record: &Record) -> Result<(), sql::Error> {
-    // A further field belongs into one of the two lists, or it would change in memory alone.
+    // A further field that changes belongs into one of the two lists, or it would change in memory alone. Of the sale
+    // itself these are the verb, the version and when it was closed.
     let Ledger { total: _, available: _, held: _, sold: _, persisted: _, epoch: _, next_epoch: _, release_seq: _ } =
         record.ledger;
     update_sales(tx, &[record], &[&COUNTERS[..], &TERMS[..]].concat()).await
