@@ -22,7 +22,7 @@ type Oddities = HashMap<(SaleId, i64), Instant>;
 
 /// What the permits need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
+pub(super) enum Need {
     Nothing,
     /// The sale has changed.
     Facts,
@@ -75,14 +75,14 @@ impl Engine {
                         tracing::warn!(%sale, %error, "a sale's permits could not be told of a change");
                     }
                 }
-                Need::Rebuild => self.trigger_rebuild(sale),
+                need @ Need::Rebuild => self.rebuild_as_seen(sale, need),
                 // Whoever was rebuilding when this process started was most likely its former life.
-                Need::Patience(_) if is_first => self.trigger_rebuild(sale),
-                Need::Patience(patience) => {
+                need @ Need::Patience(_) if is_first => self.rebuild_as_seen(sale, need),
+                need @ Need::Patience(patience) => {
                     let key = (sale.clone(), header.as_ref().map_or(0, |h| h.epoch));
                     let since = before.get(&key).copied().unwrap_or_else(Instant::now);
                     if since.elapsed() >= patience {
-                        self.trigger_rebuild(sale);
+                        self.rebuild_as_seen(sale, need);
                     } else {
                         now_odd.insert(key, since);
                     }
@@ -92,6 +92,21 @@ impl Engine {
         }
         *before = now_odd;
         Ok(())
+    }
+
+    /// Whether a sale's permits need a rebuild still, where `seen` said so. A look at a thousand sales takes its time: one
+    /// that was being created, or rebuilt by another process, when the ledger was read may be open by now, and rebuilding
+    /// it would turn its first buyers away.
+    pub(super) async fn still_needs(&self, sale: &SaleId, seen: Need) -> Result<bool> {
+        let record = self.0.store.standing(sale).await?.record;
+        let server = self.0.permits.fingerprint().await?;
+        let header = self.0.permits.header(sale).await?;
+        Ok(match need(header.as_ref(), &record, &server, self.0.config.rebuild_takeover) {
+            Need::Nothing | Need::Facts => false,
+            Need::Rebuild => true,
+            // Somebody has begun since: how long that lasts is for the next looks to tell.
+            Need::Patience(_) => seen != Need::Rebuild,
+        })
     }
 
     /// What the permits of these sales say of themselves.

@@ -14,7 +14,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::Engine;
+use super::{Engine, guard::Need};
 use crate::domain::{
     permits::{Claimed, Phase},
     rebuild::{Fenced, Rebuild, Todo, blocks},
@@ -50,15 +50,15 @@ impl Default for Rebuilds {
 }
 
 impl Engine {
-    /// Starts a rebuild in the background, unless one is under way here.
-    pub(super) fn trigger_rebuild(&self, sale: &SaleId) {
-        drop(self.begin_rebuild(sale));
+    /// Starts a rebuild in the background, unless one is under way here, or the guard's second look finds no need of it.
+    pub(super) fn rebuild_as_seen(&self, sale: &SaleId, seen: Need) {
+        drop(self.begin_rebuild(sale, Some(seen)));
     }
 
     /// Rebuilds, or joins the rebuild under way, and waits up to `patience` for its end. Fails when it did. It may go on
     /// afterwards, or another may have overtaken it: the header tells.
     pub(super) async fn rebuild_within(&self, sale: &SaleId, patience: Duration) -> Result<()> {
-        let mut running = self.begin_rebuild(sale);
+        let mut running = self.begin_rebuild(sale, None);
         match tokio::time::timeout(patience, running.wait_for(Option::is_some)).await {
             Ok(Ok(ended)) => ended.clone().unwrap_or(Ok(())),
             // It goes on; or its task was dropped, because this process stops.
@@ -66,7 +66,7 @@ impl Engine {
         }
     }
 
-    fn begin_rebuild(&self, sale: &SaleId) -> Ended {
+    fn begin_rebuild(&self, sale: &SaleId, seen: Option<Need>) -> Ended {
         let mut running = self.0.rebuilds.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(running) = running.get(sale) {
             return running.clone();
@@ -78,10 +78,11 @@ impl Engine {
             let outcome = tokio::select! {
                 biased;
                 () = engine.0.life.stopping() => Ok(false),
-                outcome = engine.rebuild(&sale) => outcome,
+                outcome = engine.rebuild(&sale, seen) => outcome,
             };
             let label = match &outcome {
                 Ok(true) => "opened",
+                // By another, or by whoever had opened them before the second look.
                 Ok(false) => "overtaken",
                 Err(error) => {
                     tracing::warn!(%sale, %error, "rebuilding permits failed");
@@ -97,8 +98,15 @@ impl Engine {
         ended
     }
 
-    /// Steps from one to the next. False when another rebuild has overtaken this one.
-    async fn rebuild(&self, sale: &SaleId) -> Result<bool> {
+    /// Steps from one to the next. False when another rebuild has overtaken this one, or what was `seen` is not so any
+    /// more.
+    async fn rebuild(&self, sale: &SaleId, seen: Option<Need>) -> Result<bool> {
+        if let Some(seen) = seen {
+            let _slot = self.0.rebuilds.slots.acquire().await;
+            if !self.still_needs(sale, seen).await? {
+                return Ok(false);
+            }
+        }
         let mut rebuild = Rebuild::default();
         loop {
             match rebuild.todo().clone() {
@@ -229,5 +237,45 @@ impl Engine {
             self.0.signals.became_available(sale);
         }
         Ok(opened)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use mesh::{bus::sqlite::SqliteBus, clock::Clock, lifecycle::Lifecycle, testing::eventually};
+    use proto::{RequestId, v1};
+
+    use super::*;
+    use crate::{Config, permits::memory::Memory, store::sql::SqlStore};
+
+    /// A look of the guard takes its time: what it saw may be mended when it says so.
+    #[tokio::test]
+    async fn permits_that_were_opened_since_the_guard_looked_are_left_open() {
+        let (life, clock, memory) = (Lifecycle::new(), Clock::system(), Arc::new(Memory::new()));
+        let db = mesh::sql::connect("sqlite::memory:").await.unwrap();
+        migrations::up(migrations::Service::Stock, &db).await.unwrap();
+        let bus = Arc::new(SqliteBus::in_memory(clock.clone(), life.tasks()).await.unwrap());
+        let (store, config) = (Arc::new(SqlStore::new(db)), Config::default());
+        let engine = Engine::start(config, store, memory.clone(), bus, clock, &life).await.unwrap();
+        let request = v1::CreateSaleRequest {
+            request_id: RequestId::random().to_string(),
+            price: Some(proto::WireMoney { currency_code: "EUR".into(), units: 5, nanos: 0 }),
+            stock: 10,
+            ..Default::default()
+        };
+        let sale = engine.create_sale(&request).await.unwrap();
+        let sale = SaleId::parse("sale", &sale.name).unwrap();
+        let epoch = async || engine.0.permits.header(&sale).await.unwrap().map(|header| header.epoch);
+        let opened = epoch().await.expect("the sale is open");
+
+        let mut looked_again = engine.begin_rebuild(&sale, Some(Need::Rebuild));
+        looked_again.wait_for(Option::is_some).await.unwrap();
+        assert_eq!(epoch().await, Some(opened));
+
+        memory.wipe(&sale);
+        engine.rebuild_as_seen(&sale, Need::Rebuild);
+        eventually("the rebuild that was needed", async || (epoch().await > Some(opened)).then_some(())).await;
     }
 }

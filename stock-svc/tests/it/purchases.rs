@@ -270,7 +270,6 @@ async fn one_batch_over_many_sales_moves_each_ones_own_counters() {
         for n in 0..SALES {
             sales.push((world.sale(3 + n, 2).await, 3 + n));
         }
-        world.guard_has_passed().await;
         // Of each sale Alice takes two in two orders, and in all of them Bob takes one.
         let wishes: Vec<_> = sales
             .iter()

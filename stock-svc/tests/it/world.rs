@@ -155,19 +155,6 @@ impl World {
         .await;
     }
 
-    /// Waits until the guard has looked at every sale there is. A look that began while one of them was being created finds
-    /// it without permits, and may rebuild them a moment after they were opened.
-    pub async fn guard_has_passed(&self) {
-        let last = self.sale(1, 1).await;
-        let before = self.report(&last).await.epoch;
-        self.lose_permits(&last).await;
-        eventually("the guard's rebuild of the last sale", async || {
-            let report = self.report(&last).await;
-            (report.epoch > before && report.state() == v1::PermitState::Open).then_some(())
-        })
-        .await;
-    }
-
     pub async fn report(&self, sale: &SaleId) -> v1::StockReport {
         self.client.clone().get_stock(v1::GetStockRequest { sale: sale.to_string() }).await.unwrap().into_inner()
     }
