@@ -4,15 +4,19 @@
 //! messages are acknowledged. Whatever dies in between, the messages come again, and every part answers the same again
 //! (I5, I10). A message that can never become an order goes to the dead letters at once and blocks nobody (E20); a
 //! dependency that is away is nobody's fault, and is waited for without end.
+//!
+//! A batch costs much and an order in it little. So a second one is begun beside the first only where the first was large:
+//! in a rush they overlap, and when it is quieter all that came during one goes together in the next.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use mesh::{
-    bus::{Consumer, ConsumerSpec, Delivery, Settlement},
+    bus::{self, Consumer, ConsumerSpec, Delivery, Settlement},
     lifecycle::Lifecycle,
 };
 use prost::Message as _;
-use proto::{Error, error::Result, internal::OrderPlaced, subjects};
+use proto::{Error, internal::OrderPlaced, subjects};
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{
     config::Config,
@@ -31,11 +35,14 @@ use crate::{
 const MAX_PENDING: usize = 10_000;
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
+/// For how long the batch of a turn keeps others from being begun. One that hangs, because the service that it came to does,
+/// must not hold up those who come after.
+const LONGEST_TURN: Duration = Duration::from_millis(100);
 /// An order that cannot be dealt with is told of after so many attempts, and again after as many: a minute or two each.
 const TOLD_EVERY: u32 = 32;
 
 /// Opens the funnel's consumer and starts its workers.
-pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifecycle) -> Result<()> {
+pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifecycle) -> Result<(), Error> {
     let spec = ConsumerSpec {
         stream: subjects::ORDERS,
         name: subjects::FUNNEL.to_owned(),
@@ -47,10 +54,12 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
         max_pending: MAX_PENDING.max(config.funnel_batch * (config.funnel_workers + 1)),
     };
     let consumer = engine.context().calls.bus.consumer(spec).await?;
+    let turn = Arc::new(Mutex::new(()));
     for _ in 0..config.funnel_workers {
         let funnel = Funnel {
             consumer: consumer.clone(),
             engine: engine.clone(),
+            turn: turn.clone(),
             batch: config.funnel_batch.max(1),
             retry: Duration::from_millis(config.funnel_retry_ms),
         };
@@ -63,6 +72,8 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
 struct Funnel {
     consumer: Arc<dyn Consumer>,
     engine: Arc<Engine<OrderSaga>>,
+    /// To fetch.
+    turn: Arc<Mutex<()>>,
     batch: usize,
     retry: Duration,
 }
@@ -70,17 +81,20 @@ struct Funnel {
 impl Funnel {
     async fn work(&self, life: &Lifecycle) {
         loop {
-            let fetched = tokio::select! {
+            let (turn, fetched) = tokio::select! {
                 biased;
                 () = life.stopping() => return,
-                fetched = self.consumer.fetch(self.batch, FETCH_WAIT) => fetched,
+                fetched = self.fetch() => fetched,
             };
             match fetched {
                 Ok(deliveries) if deliveries.is_empty() => {}
                 Ok(deliveries) => {
-                    let settlements = self.settle(deliveries).await;
-                    if let Err(error) = self.consumer.settle(settlements).await {
-                        tracing::warn!(%error, "a funnelled batch could not be settled, it comes again");
+                    let is_large = deliveries.len() >= self.batch.div_ceil(2);
+                    let kept_for = if is_large { Duration::ZERO } else { LONGEST_TURN };
+                    let mut dealt_with = std::pin::pin!(self.deal_with(deliveries));
+                    if tokio::time::timeout(kept_for, &mut dealt_with).await.is_err() {
+                        drop(turn);
+                        dealt_with.await;
                     }
                 }
                 Err(error) => {
@@ -88,6 +102,19 @@ impl Funnel {
                     tokio::time::sleep(self.retry).await;
                 }
             }
+        }
+    }
+
+    /// What comes next, and the turn that nobody else fetches in.
+    async fn fetch(&self) -> (MutexGuard<'_, ()>, Result<Vec<Delivery>, bus::Error>) {
+        let turn = self.turn.lock().await;
+        (turn, self.consumer.fetch(self.batch, FETCH_WAIT).await)
+    }
+
+    async fn deal_with(&self, deliveries: Vec<Delivery>) {
+        let settlements = self.settle(deliveries).await;
+        if let Err(error) = self.consumer.settle(settlements).await {
+            tracing::warn!(%error, "a funnelled batch could not be settled, it comes again");
         }
     }
 
@@ -123,7 +150,7 @@ impl Funnel {
                 wanted
             }
         };
-        let settlement = |delivery: &Delivery, placed: Result<Placed>| match placed {
+        let settlement = |delivery: &Delivery, placed: Result<Placed, Error>| match placed {
             Err(error) => {
                 tracing::error!(sequence = delivery.sequence, id = delivery.id, %error, "a message that is no order");
                 Settlement::DeadLetter(error.to_string())
@@ -151,7 +178,7 @@ impl Funnel {
     /// Only what was delivered before (`again`) is looked for among the sagas, to spare its repetition: every step is
     /// idempotent by the order's id, so an order that was published twice passes through here and changes nothing
     /// (I10).
-    async fn lock(&self, mut rows: Vec<Row>, again: &[proto::OrderId]) -> Result<HashSet<proto::OrderId>> {
+    async fn lock(&self, mut rows: Vec<Row>, again: &[proto::OrderId]) -> Result<HashSet<proto::OrderId>, Error> {
         let context = self.engine.context();
         if !again.is_empty() {
             let known = context.calls.store.load(again).await?;
@@ -197,7 +224,7 @@ impl Funnel {
         Ok(failed)
     }
 
-    fn decide(&self, row: &Row, outcome: Outcome<Event>) -> Result<(Row, Entry)> {
+    fn decide(&self, row: &Row, outcome: Outcome<Event>) -> Result<(Row, Entry), Error> {
         let (event, patch): (Event, Patch) = match outcome {
             Outcome::Done(patch) => (Event::Locked, patch),
             Outcome::Refused(event, patch) => (event, patch),
@@ -209,7 +236,7 @@ impl Funnel {
     }
 }
 
-fn read(delivery: &Delivery) -> Result<Placed> {
+fn read(delivery: &Delivery) -> Result<Placed, Error> {
     let message = OrderPlaced::decode(delivery.payload.clone())
         .map_err(|error| Error::invalid("payload", format!("is no OrderPlaced: {error}")))?;
     Placed::from_message(&message)

@@ -299,6 +299,19 @@ async fn an_order_that_was_told_no_stays_rejected_though_a_unit_comes_back_befor
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_hangs_holds_up_nobody_else() {
+    let world = World::new().await;
+    world.fakes.gate.arm("lock", When::Before);
+    world.accept("alice", 1, &RequestId::random()).await.unwrap();
+    assert!(world.fakes.gate.reached().await);
+    world.fakes.gate.disarm();
+    let asked = std::time::Instant::now();
+    world.hold("bob").await;
+    let step = Duration::from_millis(world.config.saga_step_timeout_ms);
+    assert!(asked.elapsed() < step, "only once the call for alice was given up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn e20_a_poison_message_becomes_a_dead_letter_and_blocks_nobody() {
     let world = World::new().await;
     let before = world.hold("alice").await;
