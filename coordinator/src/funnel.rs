@@ -11,6 +11,7 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use mesh::{
+    batch::Limits,
     bus::{self, Consumer, ConsumerSpec, Delivery, Settlement},
     lifecycle::Lifecycle,
 };
@@ -35,9 +36,6 @@ use crate::{
 const MAX_PENDING: usize = 10_000;
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
-/// For how long the batch of a turn keeps others from being begun. One that hangs, because the service that it came to does,
-/// must not hold up those who come after.
-const LONGEST_TURN: Duration = Duration::from_millis(100);
 /// An order that cannot be dealt with is told of after so many attempts, and again after as many: a minute or two each.
 const TOLD_EVERY: u32 = 32;
 
@@ -55,12 +53,14 @@ pub async fn start(config: &Config, engine: Arc<Engine<OrderSaga>>, life: &Lifec
     };
     let consumer = engine.context().calls.bus.consumer(spec).await?;
     let turn = Arc::new(Mutex::new(()));
+    let max_items = config.funnel_batch.max(1);
+    let limits = Limits { max_items, overlap_from: max_items.div_ceil(2), ..Limits::default() };
     for _ in 0..config.funnel_workers {
         let funnel = Funnel {
             consumer: consumer.clone(),
             engine: engine.clone(),
             turn: turn.clone(),
-            batch: config.funnel_batch.max(1),
+            limits,
             retry: Duration::from_millis(config.funnel_retry_ms),
         };
         let stopping = life.clone();
@@ -74,7 +74,7 @@ struct Funnel {
     engine: Arc<Engine<OrderSaga>>,
     /// To fetch.
     turn: Arc<Mutex<()>>,
-    batch: usize,
+    limits: Limits,
     retry: Duration,
 }
 
@@ -89,13 +89,7 @@ impl Funnel {
             match fetched {
                 Ok(deliveries) if deliveries.is_empty() => {}
                 Ok(deliveries) => {
-                    let is_large = deliveries.len() >= self.batch.div_ceil(2);
-                    let kept_for = if is_large { Duration::ZERO } else { LONGEST_TURN };
-                    let mut dealt_with = std::pin::pin!(self.deal_with(deliveries));
-                    if tokio::time::timeout(kept_for, &mut dealt_with).await.is_err() {
-                        drop(turn);
-                        dealt_with.await;
-                    }
+                    self.limits.in_turn(turn, deliveries.len(), self.deal_with(deliveries)).await;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the funnel cannot fetch");
@@ -108,7 +102,7 @@ impl Funnel {
     /// What comes next, and the turn that nobody else fetches in.
     async fn fetch(&self) -> (MutexGuard<'_, ()>, Result<Vec<Delivery>, bus::Error>) {
         let turn = self.turn.lock().await;
-        (turn, self.consumer.fetch(self.batch, FETCH_WAIT).await)
+        (turn, self.consumer.fetch(self.limits.max_items, FETCH_WAIT).await)
     }
 
     async fn deal_with(&self, deliveries: Vec<Delivery>) {

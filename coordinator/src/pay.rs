@@ -31,6 +31,9 @@ use crate::{
     wire::order_state,
 };
 
+/// A provider takes its time; what comes within this goes together.
+const CHARGE_TURN: Duration = Duration::from_millis(10);
+
 /// A charge that takes longer is worth showing.
 const SHOW_AFTER: Duration = Duration::from_millis(100);
 
@@ -47,8 +50,8 @@ impl Counter {
     /// Starts the batches.
     pub fn start(config: &Config, calls: Calls, sagas: Sagas, life: &Lifecycle) -> Self {
         let limits = Limits { max_items: config.saga_batch, in_flight: config.saga_calls, ..Limits::default() };
-        // A batch is as slow as its slowest charge, so whoever comes later must find a call of its own.
-        let many = Limits { in_flight: config.charge_calls, ..limits };
+        // A batch is as slow as its slowest charge, so whoever comes later must soon find a call of its own.
+        let many = Limits { in_flight: config.charge_calls, overlap_from: 64, longest_turn: CHARGE_TURN, ..limits };
         let charges = {
             let calls = calls.clone();
             Batcher::start("charges", many, life.tasks(), move |items: Vec<ChargeItem>| {

@@ -12,8 +12,16 @@
 //! Promises: one result per item, in order of the call's items; a batch never exceeds `max_items`; a full queue
 //! refuses at once instead of waiting (a limit that queues is not protection); an item whose submitter went away
 //! before its batch started is not called for. Once a batch started, dropping a submitter cancels nothing.
+//!
+//! Calls in flight beside each other hide round trips in a rush, and make every batch small when it is quieter, which costs
+//! more CPU than it saves time. [`Limits::overlap_from`] has both: only a large batch has another begun beside it.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{
+    future::Future,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::task::TaskTracker;
@@ -27,11 +35,35 @@ pub struct Limits {
     pub in_flight: usize,
     /// Items waiting; beyond it they are refused.
     pub queue: usize,
+    /// Items that a batch must have for another to be begun beside it at once.
+    pub overlap_from: usize,
+    /// Beside a smaller batch another is begun after this. One that hangs, because the service that it came to does, must
+    /// not hold up those who come after.
+    pub longest_turn: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_items: 512, in_flight: 2, queue: 16_384 }
+        Self::DEFAULT
+    }
+}
+
+impl Limits {
+    /// What most batches take.
+    pub const DEFAULT: Self =
+        Self { max_items: 512, in_flight: 2, queue: 16_384, overlap_from: 0, longest_turn: Duration::from_millis(100) };
+
+    /// Does the work of a batch with so many items, and ends its turn: at once where it is large, otherwise when it is done
+    /// or takes too long.
+    pub async fn in_turn<T>(&self, turn: impl Sized, items: usize, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        if items < self.overlap_from
+            && let Ok(done) = tokio::time::timeout(self.longest_turn, &mut work).await
+        {
+            return done;
+        }
+        drop(turn);
+        work.await
     }
 }
 
@@ -92,7 +124,7 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         let items = Arc::new(tokio::sync::Mutex::new(items));
         let call: Call<T, R> = Arc::new(move |batch| Box::pin(call(batch)));
         for _ in 0..limits.in_flight.max(1) {
-            tasks.spawn(work(name, limits.max_items.max(1), items.clone(), call.clone()));
+            tasks.spawn(work(name, limits, items.clone(), call.clone()));
         }
         Self { queue }
     }
@@ -109,17 +141,19 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
     }
 }
 
-/// One worker: take what waits, call, answer. The lock is held only while taking, so that workers take turns.
+/// One worker: take what waits, call, answer. Workers take turns with the lock.
 async fn work<T: Send + 'static, R: Send + 'static>(
     name: &'static str,
-    max_items: usize,
+    limits: Limits,
     items: Arc<tokio::sync::Mutex<mpsc::Receiver<Item<T, R>>>>,
     call: Call<T, R>,
 ) {
     let sizes = metrics::histogram!("seckill_batch_size", "batch" => name);
+    let max_items = limits.max_items.max(1);
     let mut taken = Vec::with_capacity(max_items);
     loop {
-        if items.lock().await.recv_many(&mut taken, max_items).await == 0 {
+        let mut turn = items.lock().await;
+        if turn.recv_many(&mut taken, max_items).await == 0 {
             return;
         }
         let mut values = Vec::with_capacity(taken.len());
@@ -138,7 +172,8 @@ async fn work<T: Send + 'static, R: Send + 'static>(
         sizes.record(values.len() as f64);
         let expected = values.len();
         // On a task of its own, so that a panic in one call fails that batch and not every later one.
-        let called = tokio::spawn(tracing::Instrument::instrument(call(values), span)).await;
+        let calling = tokio::spawn(tracing::Instrument::instrument(call(values), span));
+        let called = limits.in_turn(turn, expected, calling).await;
         match called {
             // Whose result is whose cannot be told: every outcome is unknown, as after a panic.
             Ok(results) if results.len() != expected => {
@@ -181,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn whoever_comes_while_a_call_is_in_flight_goes_together() {
-        let (batcher, gate, sizes) = gated(Limits { max_items: 3, in_flight: 1, queue: 100 });
+        let (batcher, gate, sizes) = gated(Limits { max_items: 3, in_flight: 1, queue: 100, ..Limits::default() });
         let submit = |i| {
             tokio::spawn({
                 let b = batcher.clone();
@@ -202,9 +237,43 @@ mod tests {
         assert_eq!(*sizes.lock().unwrap(), [1, 3, 1]);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn only_beside_a_large_batch_another_is_begun_at_once() {
+        let limits = Limits { max_items: 3, overlap_from: 3, ..Limits::default() };
+        let (batcher, gate, sizes) = gated(limits);
+        let submit = |i| {
+            tokio::spawn({
+                let b = batcher.clone();
+                async move { b.submit(i).await }
+            })
+        };
+        let settled = async || {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+            sizes.lock().unwrap().clone()
+        };
+        let mut tasks = vec![submit(0)];
+        assert_eq!(settled().await, [1]);
+        tasks.extend((1..5).map(submit));
+        assert_eq!(settled().await, [1], "they wait for each other, and go together");
+        gate.add_permits(1);
+        assert_eq!(settled().await, [1, 3, 1], "the large one keeps nobody waiting");
+        tasks.extend((5..7).map(submit));
+        gate.add_permits(1);
+        assert_eq!(settled().await, [1, 3, 1]);
+        // One of the two still hangs: after a while it holds up nobody.
+        tokio::time::sleep(limits.longest_turn).await;
+        assert_eq!(settled().await, [1, 3, 1, 2]);
+        gate.add_permits(10);
+        for (i, task) in (0..).zip(tasks) {
+            assert_eq!(task.await.unwrap(), Ok(i * 2));
+        }
+    }
+
     #[tokio::test]
     async fn e46_a_full_queue_refuses_at_once() {
-        let (batcher, gate, sizes) = gated(Limits { max_items: 1, in_flight: 1, queue: 1 });
+        let (batcher, gate, sizes) = gated(Limits { max_items: 1, in_flight: 1, queue: 1, ..Limits::default() });
         let running = tokio::spawn({
             let b = batcher.clone();
             async move { b.submit(1).await }

@@ -31,7 +31,12 @@ impl Records {
     /// Starts the batches.
     pub(crate) fn start(config: &Config, store: Arc<dyn Store>, signals: Signals, life: &Lifecycle) -> Self {
         // Calls, not records: the funnel's calls are large already.
-        let limits = Limits { max_items: config.order_batch_calls, in_flight: config.order_writers, queue: 4_096 };
+        let limits = Limits {
+            max_items: config.order_batch_calls,
+            in_flight: config.order_writers,
+            queue: 4_096,
+            ..Limits::default()
+        };
         let create = {
             let (store, signals) = (store.clone(), signals.clone());
             Batcher::start("order_create", limits, life.tasks(), move |calls| {

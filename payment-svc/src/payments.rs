@@ -23,8 +23,8 @@ use crate::{
     store::{Open, Request, Store},
 };
 
-/// Commands in one transaction, and transactions at once: a second hides the database's round trip.
-const LIMITS: Limits = Limits { max_items: 512, in_flight: 2, queue: 16_384 };
+/// Commands in one transaction, and transactions at once: in a rush a second hides the database's round trip.
+const LIMITS: Limits = Limits { overlap_from: 128, ..Limits::DEFAULT };
 
 /// What was done with an order's money. Cheap to clone.
 #[derive(Clone, Debug)]

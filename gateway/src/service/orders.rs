@@ -56,6 +56,9 @@ pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// well; a buyer who is quicker than that should not be told so.
 const UNTIL_WRITTEN: Duration = Duration::from_secs(2);
 
+/// Accepting takes some milliseconds when all is well. A batch that takes longer lets the next one go beside it: buyers wait.
+const ACCEPT_TURN: Duration = Duration::from_millis(20);
+
 type Batch<T> = Batcher<T, Result<Order, Error>>;
 
 /// Looks at a wish to buy before anything is spent on it. It only says no to what is in vain; whatever else is wrong the rpc
@@ -146,7 +149,13 @@ impl Orders {
     ) -> Self {
         let coordinator = CoordinatorClient::new(links.coordinator);
         let accept = {
-            let limits = Limits { max_items: 256, in_flight: 4, queue: 16_384 };
+            let limits = Limits {
+                max_items: 256,
+                in_flight: 4,
+                overlap_from: 64,
+                longest_turn: ACCEPT_TURN,
+                ..Limits::default()
+            };
             let coordinator = coordinator.clone();
             Batcher::start("accept", limits, life.tasks(), move |items: Vec<AcceptOrder>| {
                 let (count, mut coordinator) = (items.len(), coordinator.clone());
@@ -158,7 +167,7 @@ impl Orders {
         };
         let pay = {
             // Many small calls at once: a provider that takes its time must not hold up who comes after.
-            let limits = Limits { max_items: 64, in_flight: 64, queue: 16_384 };
+            let limits = Limits { max_items: 64, in_flight: 64, ..Limits::default() };
             let coordinator = coordinator.clone();
             Batcher::start("pay", limits, life.tasks(), move |items: Vec<PayOrderItem>| {
                 let (count, mut coordinator) = (items.len(), coordinator.clone());
@@ -169,7 +178,7 @@ impl Orders {
             })
         };
         let cancel = {
-            let limits = Limits { max_items: 64, in_flight: 16, queue: 16_384 };
+            let limits = Limits { max_items: 64, in_flight: 16, ..Limits::default() };
             Batcher::start("cancel", limits, life.tasks(), move |items: Vec<CancelOrderItem>| {
                 let (count, mut coordinator) = (items.len(), coordinator.clone());
                 async move {

@@ -49,7 +49,7 @@ impl Sales {
     pub fn new(callers: Callers, actions: Actions, stock: Link, watchers: SaleWatchers, life: &Lifecycle) -> Self {
         let stock = StockClient::new(stock);
         let reader = stock.clone();
-        let limits = Limits { max_items: 1024, in_flight: 4, queue: 16_384 };
+        let limits = Limits { max_items: 1024, in_flight: 4, ..Limits::default() };
         let reads = Batcher::start("get sale", limits, life.tasks(), move |ids| read_once(reader.clone(), ids));
         Self { callers, actions, stock, reads, watchers, life: life.clone() }
     }

@@ -48,7 +48,7 @@ use crate::{
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// Calls, not messages: a few dozen batches fill a transaction. One in flight, because there is one connection.
-const LIMITS: Limits = Limits { max_items: 64, in_flight: 1, queue: 4_096 };
+const LIMITS: Limits = Limits { max_items: 64, in_flight: 1, queue: 4_096, ..Limits::DEFAULT };
 
 /// The embedded bus. See the module.
 pub struct SqliteBus {

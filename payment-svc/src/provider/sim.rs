@@ -63,7 +63,7 @@ const RETRY_MS: i64 = 1_000;
 const TRIES: i32 = 10;
 
 /// Calls in one transaction, and transactions at once.
-const LIMITS: Limits = Limits { max_items: 512, in_flight: 2, queue: 16_384 };
+const LIMITS: Limits = Limits { overlap_from: 128, ..Limits::DEFAULT };
 
 mod books {
     //! The table, see the crate `migrations`.

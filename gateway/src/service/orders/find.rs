@@ -29,7 +29,7 @@ pub(super) struct Finder {
 
 impl Finder {
     pub(super) fn new(order: Link, stock: Link, life: &Lifecycle) -> Self {
-        let limits = Limits { max_items: 256, in_flight: 4, queue: 16_384 };
+        let limits = Limits { max_items: 256, in_flight: 4, overlap_from: 32, ..Limits::default() };
         let order = OrderRecordsClient::new(order);
         let records = Batcher::start("get orders", limits, life.tasks(), move |ids: Vec<OrderId>| {
             let (count, mut order) = (ids.len(), order.clone());
