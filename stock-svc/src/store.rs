@@ -28,8 +28,8 @@ pub type SharedStore = Arc<dyn Store>;
 /// A sale and its stock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// The sale.
-    pub sale: Sale,
+    /// The sale; many have it at hand, and it hardly ever changes.
+    pub sale: Arc<Sale>,
     /// Its stock.
     pub ledger: Ledger,
 }

@@ -2,7 +2,7 @@
 //! verb and stock are hints here, refreshed by the guard: the permits' header decides.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::{HashMap, HashSet, hash_map::Entry},
     sync::{PoisonError, RwLock},
 };
 
@@ -25,19 +25,24 @@ impl Catalog {
 
     /// Takes over a record that was just read or written, unless a later verb is known.
     pub(crate) fn put(&self, record: Record) {
-        match self.0.write().unwrap_or_else(PoisonError::into_inner).entry(record.sale.id.clone()) {
-            Entry::Occupied(known) if known.get().sale.version > record.sale.version => {}
-            Entry::Occupied(mut known) => *known.get_mut() = record,
-            Entry::Vacant(empty) => drop(empty.insert(record)),
-        }
+        put(&mut self.0.write().unwrap_or_else(PoisonError::into_inner), record);
     }
 
     /// Forgets what is not live any more.
     pub(crate) fn refresh(&self, live: Vec<Record>) {
-        for record in &live {
-            self.put(record.clone());
+        let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let ids: HashSet<SaleId> = live.iter().map(|record| record.sale.id.clone()).collect();
+        known.retain(|id, _| ids.contains(id));
+        for record in live {
+            put(&mut known, record);
         }
-        let live: std::collections::HashSet<_> = live.into_iter().map(|record| record.sale.id).collect();
-        self.0.write().unwrap_or_else(PoisonError::into_inner).retain(|id, _| live.contains(id));
+    }
+}
+
+fn put(known: &mut HashMap<SaleId, Record>, record: Record) {
+    match known.entry(record.sale.id.clone()) {
+        Entry::Occupied(known) if known.get().sale.version > record.sale.version => {}
+        Entry::Occupied(mut known) => *known.get_mut() = record,
+        Entry::Vacant(empty) => drop(empty.insert(record)),
     }
 }

@@ -164,7 +164,7 @@ mod tests {
             ..Default::default()
         };
         let new = NewSale::parse(&request, 0).unwrap();
-        let mut record = Record { sale: new.sale, ledger: Ledger::new(new.stock) };
+        let mut record = Record { sale: new.sale.into(), ledger: Ledger::new(new.stock) };
         let epoch = record.ledger.allocate_epoch(0);
         let mut permits = Permits::default();
         assert_eq!(permits.claim(epoch, &record.facts(), "a"), Claimed::Yes);
@@ -183,7 +183,7 @@ mod tests {
         let (mut record, mut permits) = opened();
         assert_eq!(of(&permits, &record, "a"), Need::Nothing);
         assert_eq!(of(&permits, &record, "b"), Need::Rebuild, "another server");
-        record.sale.version += 1;
+        Arc::make_mut(&mut record.sale).version += 1;
         assert_eq!(of(&permits, &record, "a"), Need::Facts);
         // E14: the server was put back to before a rebuild.
         record.ledger.move_fence(7);

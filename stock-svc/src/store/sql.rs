@@ -153,6 +153,10 @@ mod stock_adjustment {
     impl ActiveModelBehavior for ActiveModel {}
 }
 
+mod sales;
+
+use sales::Sales;
+
 /// Numbers in `stock_hold.state`.
 const LOCKED: i32 = 1;
 const SOLD: i32 = 2;
@@ -172,19 +176,20 @@ const CLOSED: i32 = 3;
 #[derive(Clone, Debug)]
 pub struct SqlStore {
     db: sql::Database,
+    sales: Sales,
 }
 
 impl SqlStore {
     /// On a migrated database.
     pub fn new(db: DatabaseConnection) -> Self {
-        Self { db: db.into() }
+        Self { db: db.into(), sales: Sales::default() }
     }
 }
 
 #[async_trait]
 impl Store for SqlStore {
     async fn create_sale(&self, new: NewSale, payload_hash: String) -> Result<Record> {
-        let record = Record { ledger: Ledger::new(new.stock), sale: new.sale };
+        let record = Record { ledger: Ledger::new(new.stock), sale: new.sale.into() };
         let request = new.request.to_string();
         let row = sale_row(&record, &request, &payload_hash).into_active_model();
         let error = match stock_sale::Entity::insert(row).exec_without_returning(&self.db).await {
@@ -204,10 +209,7 @@ impl Store for SqlStore {
         let mut records = Vec::with_capacity(ids.len());
         for chunk in sql::key_chunks(ids) {
             let wanted = stock_sale::Column::SaleId.is_in(chunk.iter().map(SaleId::as_str));
-            let rows = stock_sale::Entity::find().filter(wanted).all(&self.db).await.map_err(sql::fault)?;
-            for row in rows {
-                records.push(record_of(row)?);
-            }
+            records.extend(self.sales.read(&self.db, stock_sale::Entity::find().filter(wanted)).await?);
         }
         Ok(records)
     }
@@ -222,19 +224,19 @@ impl Store for SqlStore {
 
     async fn live_sales(&self, now: i64) -> Result<Vec<Record>> {
         let since = stock_sale::Column::EndAt.gt(Sale::live_since(now));
-        let rows = stock_sale::Entity::find().filter(since).all(&self.db).await.map_err(sql::fault)?;
-        let mut records = rows.into_iter().map(record_of).collect::<Result<Vec<_>>>()?;
+        let mut records = self.sales.read(&self.db, stock_sale::Entity::find().filter(since)).await?;
         records.retain(|record| record.sale.is_live(now));
+        self.sales.keep_only(&records);
         Ok(records)
     }
 
     async fn apply_verb(&self, sale: &SaleId, verb: Verb, now: i64) -> Result<Record> {
         let sale = sale.clone();
         let record = transaction(&self.db, |tx| {
-            let sale = sale.clone();
+            let (sale, sales) = (sale.clone(), self.sales.clone());
             Box::pin(async move {
-                let mut record = lock_sale(tx, &sale).await?;
-                if record.sale.apply(verb, now)? {
+                let mut record = sales.lock_one(tx, &sale).await?;
+                if Arc::make_mut(&mut record.sale).apply(verb, now)? {
                     update_sale(tx, &record).await?;
                 }
                 Ok(record)
@@ -249,8 +251,8 @@ impl Store for SqlStore {
         let mut races = 0;
         loop {
             let applied = transaction(&self.db, |tx| {
-                let items = items.clone();
-                Box::pin(async move { apply(tx, &items, now).await })
+                let (items, sales) = (items.clone(), self.sales.clone());
+                Box::pin(async move { apply(tx, &sales, &items, now).await })
             })
             .await;
             match applied {
@@ -263,9 +265,9 @@ impl Store for SqlStore {
     async fn adjust(&self, sale: &SaleId, request: RequestId, delta: i64, now: i64, before: Hook) -> Result<Record> {
         let sale = sale.clone();
         let record = transaction(&self.db, |tx| {
-            let (sale, before) = (sale.clone(), before.clone());
+            let (sale, sales, before) = (sale.clone(), self.sales.clone(), before.clone());
             Box::pin(async move {
-                let mut record = lock_sale(tx, &sale).await?;
+                let mut record = sales.lock_one(tx, &sale).await?;
                 let done = stock_adjustment::Entity::find_by_id(request.to_string()).one(tx).await?;
                 match done {
                     Some(done) if done.sale_id == sale.as_str() && done.delta == delta => return Ok(record),
@@ -277,7 +279,7 @@ impl Store for SqlStore {
                 before(standing(tx, record.clone()).await?).await?;
                 let (ledger, changes) = book.close();
                 record.ledger = ledger;
-                record.sale.version += 1;
+                Arc::make_mut(&mut record.sale).version += 1;
                 let row = stock_adjustment::Model {
                     request_id: request.to_string(),
                     sale_id: sale.to_string(),
@@ -301,9 +303,9 @@ impl Store for SqlStore {
     async fn allocate_epoch(&self, sale: &SaleId, above: i64) -> Result<i64> {
         let sale = sale.clone();
         let epoch = transaction(&self.db, |tx| {
-            let sale = sale.clone();
+            let (sale, sales) = (sale.clone(), self.sales.clone());
             Box::pin(async move {
-                let mut record = lock_sale(tx, &sale).await?;
+                let mut record = sales.lock_one(tx, &sale).await?;
                 let epoch = record.ledger.allocate_epoch(above);
                 update_sale(tx, &record).await?;
                 Ok(epoch)
@@ -316,9 +318,9 @@ impl Store for SqlStore {
     async fn fence(&self, sale: &SaleId, epoch: i64) -> Result<Option<Fenced>> {
         let sale = sale.clone();
         let fenced = transaction(&self.db, |tx| {
-            let sale = sale.clone();
+            let (sale, sales) = (sale.clone(), self.sales.clone());
             Box::pin(async move {
-                let mut record = lock_sale(tx, &sale).await?;
+                let mut record = sales.lock_one(tx, &sale).await?;
                 let Some(snapshot) = record.ledger.move_fence(epoch) else { return Ok(None) };
                 update_sale(tx, &record).await?;
                 // Every change of this sale's holds takes the row lock that is held here: what is read is one moment.
@@ -346,9 +348,9 @@ impl Store for SqlStore {
     async fn under_lock(&self, sale: &SaleId, work: Hook) -> Result<()> {
         let sale = sale.clone();
         transaction(&self.db, |tx| {
-            let (sale, work) = (sale.clone(), work.clone());
+            let (sale, sales, work) = (sale.clone(), self.sales.clone(), work.clone());
             Box::pin(async move {
-                let record = lock_sale(tx, &sale).await?;
+                let record = sales.lock_one(tx, &sale).await?;
                 Ok(work(standing(tx, record).await?).await?)
             })
         })
@@ -357,8 +359,8 @@ impl Store for SqlStore {
     }
 
     async fn standing(&self, sale: &SaleId) -> Result<Standing> {
-        let row = stock_sale::Entity::find_by_id(sale.as_str()).one(&self.db).await.map_err(sql::fault)?;
-        let record = record_of(row.ok_or_else(|| Error::not_found("sale"))?)?;
+        let found = self.sales.read(&self.db, stock_sale::Entity::find_by_id(sale.as_str())).await?.pop();
+        let record = found.ok_or_else(|| Error::not_found("sale"))?;
         // The outbox afterwards: when it is empty, every release in the ledger read above has been relayed.
         let outbox_is_empty = outbox_is_empty(&self.db, sale).await.map_err(sql::fault)?;
         Ok(Standing { record, outbox_is_empty })
@@ -423,9 +425,13 @@ impl Store for SqlStore {
 }
 
 /// One batch: lock, read, decide, write.
-async fn apply(tx: &DatabaseTransaction, items: &[(SaleId, Operation)], now: i64) -> Result<Applied, sql::Error> {
-    let sales: BTreeSet<&SaleId> = items.iter().map(|(sale, _)| sale).collect();
-    let mut records = lock_sales(tx, &sales).await?;
+async fn apply(
+    tx: &DatabaseTransaction,
+    sales: &Sales,
+    items: &[(SaleId, Operation)],
+    now: i64,
+) -> Result<Applied, sql::Error> {
+    let mut records = sales.lock(tx, &items.iter().map(|(sale, _)| sale).collect()).await?;
     let holds = read_holds(tx, items.iter().map(|(_, operation)| operation.hold())).await?;
     let (mut there, mut buyers) = (BTreeMap::<_, BTreeMap<_, _>>::new(), BTreeSet::new());
     for (sale, operation) in items.iter().filter(|(sale, _)| records.contains_key(sale)) {
@@ -515,30 +521,6 @@ impl Operation {
 
 fn open_book(record: &Record, holds: BTreeMap<HoldId, Hold>, bought: BTreeMap<BuyerId, i64>) -> Book {
     Book::open(record.sale.id.clone(), record.sale.limit, record.ledger.clone(), holds, bought)
-}
-
-async fn lock_sale(tx: &DatabaseTransaction, sale: &SaleId) -> Result<Record, sql::Error> {
-    let mut records = lock_sales(tx, &BTreeSet::from([sale])).await?;
-    Ok(records.remove(sale).ok_or_else(|| Error::not_found("sale"))?)
-}
-
-/// Locks the rows in order of their ids.
-async fn lock_sales(tx: &DatabaseTransaction, ids: &BTreeSet<&SaleId>) -> Result<BTreeMap<SaleId, Record>, sql::Error> {
-    let ids: Vec<&SaleId> = ids.iter().copied().collect();
-    let mut records = BTreeMap::new();
-    for chunk in sql::key_chunks(&ids) {
-        let rows = stock_sale::Entity::find()
-            .filter(stock_sale::Column::SaleId.is_in(chunk.iter().map(|id| id.as_str())))
-            .order_by_asc(stock_sale::Column::SaleId)
-            .lock_exclusive()
-            .all(tx)
-            .await?;
-        for row in rows {
-            let record = record_of(row)?;
-            records.insert(record.sale.id.clone(), record);
-        }
-    }
-    Ok(records)
 }
 
 async fn read_holds(
@@ -801,7 +783,7 @@ fn record_of(row: stock_sale::Model) -> Result<Record> {
         next_epoch: row.next_epoch,
         release_seq: row.release_seq,
     };
-    Ok(Record { sale, ledger })
+    Ok(Record { sale: sale.into(), ledger })
 }
 
 /// Unambiguous: no sale's id has a slash.

@@ -15,6 +15,8 @@ use proto::{
     },
 };
 
+use stock_svc::{domain::sale::Verb, store::Store};
+
 use crate::world::*;
 
 async fn create(world: &World, request: &CreateSaleRequest) -> Result<Sale, Error> {
@@ -119,6 +121,26 @@ async fn a_paused_sale_goes_on_and_a_closed_one_never_does() {
             Error::from(client.open_sale(OpenSaleRequest { sale: name(), ..Default::default() }).await.unwrap_err());
         assert_eq!(reopened.reason, Reason::IllegalState, "{}", world.name);
         assert_eq!(deduct(&client, &held).await, Ok(()), "{}: what is held can be paid", world.name);
+    }
+}
+
+/// A store reads again only what it does not know: the stock, and the rest of a sale whose version has changed.
+#[tokio::test]
+async fn what_another_process_changes_of_a_sale_is_read() {
+    for world in worlds().await {
+        let sale = world.sale(5, 1).await;
+        let (ours, theirs, now) = (world.store(), world.store(), world.clock.now_ms());
+        let read = async || ours.sales(std::slice::from_ref(&sale)).await.unwrap().remove(0);
+        assert_eq!(read().await.sale.verb, Verb::Open, "{}", world.name);
+        for verb in [Verb::Paused, Verb::Open] {
+            let changed = theirs.apply_verb(&sale, verb, now).await.unwrap();
+            assert_eq!(changed.sale.verb, verb, "{}", world.name);
+            assert_eq!(read().await, changed, "{}", world.name);
+        }
+        hold(&world.client, &wanted(&sale, "alice", 1)).await;
+        let record = read().await;
+        assert_eq!((record.ledger.available, record.ledger.held), (4, 1), "{}", world.name);
+        assert!(ours.live_sales(now).await.unwrap().contains(&record), "{}", world.name);
     }
 }
 
