@@ -5,6 +5,7 @@ use std::{
     convert::Infallible,
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -15,22 +16,32 @@ use proto::{Error, Reason};
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower::{Service, ServiceExt};
 
-use crate::MAX_BODY;
+use crate::{MAX_BODY, direct, service::orders::Orders};
 
 /// The rpc whose deadline depends on its request, and which therefore keeps it itself.
 const WAITS: &str = "/seckill.v1.Orders/GetOrder";
 
 /// See the module.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Front {
     rpcs: Routes,
+    /// For [`direct`] calls.
+    orders: Arc<Orders>,
     timeout: Duration,
 }
 
 impl Front {
-    /// Before these rpcs.
-    pub fn new(rpcs: Routes, timeout: Duration) -> Self {
-        Self { rpcs, timeout }
+    /// Before these rpcs; `orders` are among them.
+    pub fn new(rpcs: Routes, orders: Arc<Orders>, timeout: Duration) -> Self {
+        Self { rpcs, orders, timeout }
+    }
+
+    async fn call_rpc(self, mut request: Request<Body>) -> Result<Response<Body>, Infallible> {
+        match direct::take(&mut request) {
+            Some(message) => Ok(direct::call(&self.orders, message, request).await),
+            // In a box, so that direct calls do not carry its future about.
+            None => Box::pin(self.rpcs.oneshot(request)).await,
+        }
     }
 }
 
@@ -44,14 +55,14 @@ impl Service<Request<Body>> for Front {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let (rpcs, timeout) = (self.rpcs.clone(), self.timeout);
+        let (front, timeout) = (self.clone(), self.timeout);
         Box::pin(async move {
             if request.uri().path() == WAITS {
-                return rpcs.oneshot(request).await.map(in_our_words);
+                return front.call_rpc(request).await.map(in_our_words);
             }
             // The caller's own deadline is current already, and goes first when it is the shorter.
             let deadline = Deadline::after(timeout).min(Deadline::current().unwrap_or(Deadline::after(timeout)));
-            match tokio::time::timeout_at(deadline.0, deadline.scope(rpcs.oneshot(request))).await {
+            match tokio::time::timeout_at(deadline.0, deadline.scope(front.call_rpc(request))).await {
                 Ok(answer) => answer.map(in_our_words),
                 Err(_) => Ok(Status::from(Error::new(Reason::DeadlineExceeded, "deadline exceeded")).into_http()),
             }

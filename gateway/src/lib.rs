@@ -38,6 +38,7 @@ use tonic::service::Routes;
 mod accepted;
 mod config;
 mod contract;
+mod direct;
 mod door;
 mod failure;
 mod front;
@@ -122,15 +123,16 @@ pub async fn start(config: Config, backends: Backends, life: &Lifecycle) -> anyh
     let desk = Desk::new(callers.clone(), memory);
     let orders =
         Orders::new(callers.clone(), (desk.clone(), accepted), orders_watched, links, config.request_timeout, life);
+    let orders = Arc::new(orders);
     let operations = Operations::new(callers, actions, backends.coordinator, backends.stock);
     let rpcs = Routes::new(SalesServer::new(sales).max_decoding_message_size(MAX_BODY))
-        .add_service(OrdersServer::new(orders).max_decoding_message_size(MAX_BODY))
+        .add_service(OrdersServer::from_arc(orders.clone()).max_decoding_message_size(MAX_BODY))
         .add_service(OperationsServer::new(operations).max_decoding_message_size(MAX_BODY))
         .prepare();
     // Reading an order takes as long as the reader waits; every other rpc has the shorter deadline of `Front`.
     let limits =
         ServerConfig { max_in_flight: config.max_in_flight, max_timeout: config.request_timeout + LONGEST_WAIT };
-    let public = layers::server(Front::new(rpcs, config.request_timeout), limits);
+    let public = layers::server(Front::new(rpcs, orders, config.request_timeout), limits);
     let json = Arc::new(Transcoder::new(contract, public.clone(), desk.clone(), config.request_timeout));
     let webhook = Webhook::new(backends.payment, config.request_timeout);
     let ways = Ways { json, public, desk, patience: config.request_timeout, tools: tools(life).await? };

@@ -5,6 +5,7 @@
 //! answer becomes JSON, a stream of answers becomes server-sent events, its status becomes an error body.
 
 use std::{
+    future::poll_fn,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
@@ -30,7 +31,7 @@ use tonic::{
 use crate::{
     MAX_BODY,
     contract::{Contract, Match, Route, Variables},
-    failure, json, quick,
+    direct, failure, json, quick,
     service::orders::Desk,
 };
 
@@ -205,13 +206,24 @@ where
     }
 
     async fn grpc(&self) -> Result<Grpc<S>, Error> {
-        let mut grpc = Grpc::new(self.rpc.clone());
-        grpc.ready().await.map_err(|error| Error::dependency("the gateway", error.into()))?;
-        Ok(grpc)
+        self.ready().await.map(Grpc::new)
+    }
+
+    async fn ready(&self) -> Result<S, Error> {
+        let mut rpc = self.rpc.clone();
+        let ready = poll_fn(|context| rpc.poll_ready(context)).await;
+        ready.map_err(|error| Error::dependency("the gateway", error.into()))?;
+        Ok(rpc)
     }
 
     async fn unary(&self, route: &Route, call: tonic::Request<Bytes>) -> Result<Response<Body>, Error> {
-        let answer = self.grpc().await?.unary(call, route.grpc_path.clone(), raw::RawCodec).await?.into_inner();
+        let answer = if direct::has(route.grpc_path.path()) {
+            let mut rpc = self.ready().await?;
+            let answering = rpc.call(direct::request(route.grpc_path.clone(), call)).await;
+            direct::answer(answering.map_err(|error| Error::dependency("the gateway", error.into()))?)?
+        } else {
+            self.grpc().await?.unary(call, route.grpc_path.clone(), raw::RawCodec).await?.into_inner()
+        };
         let quick = route.answers_order.then(|| quick::write(&answer)).flatten();
         let (json, is_placed) = match quick {
             Some(written) => written,
