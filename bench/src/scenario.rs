@@ -60,7 +60,7 @@ pub struct Figure {
     pub wiring: Wiring,
     /// What is counted as good, a second: accepted, refused, paid, read.
     pub rate: f64,
-    /// HTTP echoes a second, shortly before.
+    /// HTTP echoes a second: shortly before, and where the ratio is a target, on the mean of before and after.
     pub echo: f64,
     /// Orders locked in the ledger a second, over the same time.
     pub locked: Option<f64>,
