@@ -2,6 +2,8 @@
 //!
 //! - **One writer.** Publishes, fetches and settlements of everybody queue in one [`Batcher`]; what came together shares
 //!   a transaction and its sync to disk, which costs more than all the rest. Reads take turns with it.
+//! - **One way there and back.** The file has a thread of its own, which runs a transaction from its first statement to its
+//!   last. A buyer waits for it, and on a busy machine every further switch between threads waits for a core.
 //! - **Durable**: WAL with `synchronous=FULL`. What was published or settled survives the loss of power.
 //! - **One process**: the file is locked while a bus has it. Another that opens it waits a little and is then refused.
 //! - **A restart** makes everything pending due at once, whatever delay it had; attempts are kept.
@@ -12,24 +14,22 @@ mod queue;
 mod recent;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     fs::{File, TryLockError},
-    future::Future,
     io,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    panic::{self, AssertUnwindSafe},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
     time::Duration,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use sea_orm::sqlx::{
-    self, ConnectOptions,
-    sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous},
-};
 use tokio::{
-    sync::{Notify, broadcast},
+    runtime::Handle,
+    sync::{Notify, broadcast, oneshot},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::task::TaskTracker;
@@ -54,18 +54,19 @@ const LIMITS: Limits = Limits { max_items: 64, in_flight: 1, queue: 4_096, ..Lim
 pub struct SqliteBus {
     core: Arc<Core>,
     calls: Calls,
-    tasks: TaskTracker,
     signals: Mutex<HashMap<&'static str, broadcast::Sender<Bytes>>>,
 }
 
 type Calls = Batcher<Call, Result<Outcome, Error>>;
 
+/// Something to do with the queue, on its thread.
+type Job = Box<dyn FnOnce(&mut Queue) + Send>;
+
 struct Core {
-    queue: tokio::sync::Mutex<Queue>,
+    /// To the queue's thread, which ends with the last sender.
+    jobs: mpsc::Sender<Job>,
     /// By consumer: rung when there may be something to fetch.
     bells: Mutex<HashMap<i64, Arc<Notify>>>,
-    /// Held as long as anything uses the queue.
-    _lock: Option<File>,
 }
 
 enum Call {
@@ -85,16 +86,7 @@ impl SqliteBus {
     /// empty of its work.
     pub async fn open(path: &Path, clock: Clock, tasks: &TaskTracker) -> Result<Self, Error> {
         let lock = lock(path).await.map_err(|e| unavailable("open", e))?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(LOCK_WAIT)
-            .pragma("cache_size", "-4000")
-            // Fewer and larger checkpoints: each syncs the file and not only its log.
-            .pragma("wal_autocheckpoint", "4000");
-        Self::start(options, Some(lock), clock, tasks).await
+        Self::start(Some(path.to_owned()), Some(lock), clock, tasks).await
     }
 
     /// Whether another process has the file at `path` open as its bus.
@@ -108,38 +100,45 @@ impl SqliteBus {
 
     /// A bus that forgets everything when it is dropped.
     pub async fn in_memory(clock: Clock, tasks: &TaskTracker) -> Result<Self, Error> {
-        Self::start(SqliteConnectOptions::new().in_memory(true), None, clock, tasks).await
+        Self::start(None, None, clock, tasks).await
     }
 
     async fn start(
-        options: SqliteConnectOptions,
+        path: Option<PathBuf>,
         lock: Option<File>,
         clock: Clock,
         tasks: &TaskTracker,
     ) -> Result<Self, Error> {
-        let options = options.row_buffer_size(1_024).disable_statement_logging();
-        let queue = Queue::open(options, clock).await.map_err(|e| unavailable("open", e))?;
-        let core = Arc::new(Core { queue: queue.into(), bells: Mutex::default(), _lock: lock });
+        let (jobs, queued) = mpsc::channel::<Job>();
+        let (tell, opened) = oneshot::channel();
+        let (token, runtime) = (tasks.token(), Handle::current());
+        let work = move || {
+            // Dropped from the last to the first: who waits for the tasks finds the file closed and free.
+            let (_token, _lock) = (token, lock);
+            // For its clock, which a test may have stopped.
+            let _context = runtime.enter();
+            let mut queue = match Queue::open(path.as_deref(), clock) {
+                Ok(queue) => queue,
+                Err(error) => return drop(tell.send(Err(error))),
+            };
+            if tell.send(Ok(())).is_err() {
+                return;
+            }
+            for job in queued {
+                // What panics is told to nobody, which whoever asked for it notices. Its transaction was taken back, and
+                // the queue knows.
+                let _ = panic::catch_unwind(AssertUnwindSafe(|| job(&mut queue)));
+            }
+        };
+        thread::Builder::new().name("bus".to_owned()).spawn(work).map_err(|e| unavailable("open", e))?;
+        opened.await.map_err(|e| unavailable("open", e))?.map_err(|e| unavailable("open", e))?;
+
+        let core = Arc::new(Core { jobs, bells: Mutex::default() });
         let calls = Batcher::start("bus", LIMITS, tasks, {
             let core = core.clone();
-            move |calls| {
-                let core = core.clone();
-                async move { core.run_all(calls).await }
-            }
+            move |calls| core.clone().run_all(calls)
         });
-        Ok(Self { core, calls, tasks: tasks.clone(), signals: Mutex::default() })
-    }
-
-    /// Runs a transaction to its end even if the caller goes away: half of one would cost the mirror.
-    async fn to_its_end<T: Send + 'static>(
-        &self,
-        operation: &'static str,
-        transaction: impl Future<Output = sqlx::Result<T>> + Send + 'static,
-    ) -> Result<T, Error> {
-        match self.tasks.spawn(transaction).await {
-            Ok(result) => result.map_err(|e| unavailable(operation, e)),
-            Err(panicked) => Err(unavailable(operation, panicked)),
-        }
+        Ok(Self { core, calls, signals: Mutex::default() })
     }
 
     fn channel(&self, subject: &'static str) -> broadcast::Sender<Bytes> {
@@ -149,54 +148,32 @@ impl SqliteBus {
 }
 
 impl Core {
+    /// Has the queue for itself, to the end even if the caller goes away.
+    async fn with<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&mut Queue) -> queue::Result<T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let (tell, done) = oneshot::channel();
+        // Nobody waits any more: then nobody is told.
+        let job = Box::new(move |queue: &mut Queue| drop(tell.send(work(queue))));
+        self.jobs.send(job).map_err(|_| unavailable(operation, Stopped))?;
+        done.await.map_err(|_| unavailable(operation, Stopped))?.map_err(|e| unavailable(operation, e))
+    }
+
     /// Runs calls in one transaction: either all of them happen or none.
-    async fn run_all(&self, calls: Vec<Call>) -> Vec<Result<Outcome, Error>> {
+    async fn run_all(self: Arc<Self>, calls: Vec<Call>) -> Vec<Result<Outcome, Error>> {
         let count = calls.len();
-        match self.try_run_all(calls).await {
-            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
+        match self.with("transaction", move |queue| run_all(queue, calls)).await {
+            Ok((outcomes, wake)) => {
+                self.ring(wake);
+                outcomes.into_iter().map(Ok).collect()
+            }
             Err(error) => {
                 let error = Arc::new(error);
                 (0..count).map(|_| Err(unavailable("transaction", error.clone()))).collect()
             }
         }
-    }
-
-    /// Publishes first, so that the fetches find it. Publishes to one stream go together, and so do the settlements of
-    /// one consumer: a hundred calls with one message each cost little more than one with a hundred.
-    async fn try_run_all(&self, calls: Vec<Call>) -> sqlx::Result<Vec<Outcome>> {
-        let mut publishes: BTreeMap<&'static str, Vec<(usize, Vec<Message>)>> = BTreeMap::new();
-        let mut settlements: BTreeMap<i64, Vec<(Delivery, Settlement)>> = BTreeMap::new();
-        let mut fetches = Vec::new();
-        let mut outcomes = Vec::with_capacity(calls.len());
-        for (place, call) in calls.into_iter().enumerate() {
-            match call {
-                Call::Publish(stream, messages) => publishes.entry(stream).or_default().push((place, messages)),
-                Call::Settle(consumer, some) => settlements.entry(consumer).or_default().extend(some),
-                Call::Fetch(consumer, max) => fetches.push((place, consumer, max)),
-            }
-            outcomes.push(Outcome::Settled);
-        }
-
-        let mut queue = self.queue.lock().await;
-        let mut session = queue.begin().await?;
-        for (stream, calls) in publishes {
-            let places: Vec<_> = calls.iter().map(|(place, messages)| (*place, messages.len())).collect();
-            let messages = calls.into_iter().flat_map(|(_, messages)| messages).collect();
-            let mut results = session.publish(stream, messages).await?.into_iter();
-            for (place, len) in places {
-                outcomes[place] = Outcome::Published(results.by_ref().take(len).collect());
-            }
-        }
-        for (consumer, settlements) in settlements {
-            session.settle(consumer, settlements).await?;
-        }
-        for (place, consumer, max) in fetches {
-            outcomes[place] = Outcome::Fetched(session.fetch(consumer, max).await?);
-        }
-        let wake = session.commit().await?;
-        drop(queue);
-        self.ring(wake);
-        Ok(outcomes)
     }
 
     fn bell(&self, consumer: i64) -> Arc<Notify> {
@@ -210,17 +187,52 @@ impl Core {
     }
 }
 
+/// What each call came to, and the consumers that may have something to fetch now.
+///
+/// Publishes first, so that the fetches find it. Publishes to one stream go together, and so do the settlements of one
+/// consumer.
+fn run_all(queue: &mut Queue, calls: Vec<Call>) -> queue::Result<(Vec<Outcome>, BTreeSet<i64>)> {
+    let mut publishes: BTreeMap<&'static str, Vec<(usize, Vec<Message>)>> = BTreeMap::new();
+    let mut settlements: BTreeMap<i64, Vec<(Delivery, Settlement)>> = BTreeMap::new();
+    let mut fetches = Vec::new();
+    let mut outcomes = Vec::with_capacity(calls.len());
+    for (place, call) in calls.into_iter().enumerate() {
+        match call {
+            Call::Publish(stream, messages) => publishes.entry(stream).or_default().push((place, messages)),
+            Call::Settle(consumer, some) => settlements.entry(consumer).or_default().extend(some),
+            Call::Fetch(consumer, max) => fetches.push((place, consumer, max)),
+        }
+        outcomes.push(Outcome::Settled);
+    }
+
+    let mut session = queue.begin()?;
+    for (stream, calls) in publishes {
+        let places: Vec<_> = calls.iter().map(|(place, messages)| (*place, messages.len())).collect();
+        let messages = calls.into_iter().flat_map(|(_, messages)| messages).collect();
+        let mut results = session.publish(stream, messages)?.into_iter();
+        for (place, len) in places {
+            outcomes[place] = Outcome::Published(results.by_ref().take(len).collect());
+        }
+    }
+    for (consumer, settlements) in settlements {
+        session.settle(consumer, settlements)?;
+    }
+    for (place, consumer, max) in fetches {
+        outcomes[place] = Outcome::Fetched(session.fetch(consumer, max)?);
+    }
+    Ok((outcomes, session.commit()?))
+}
+
 #[async_trait]
 impl Bus for SqliteBus {
     async fn ensure_stream(&self, spec: &StreamSpec) -> Result<(), Error> {
-        let (core, spec) = (self.core.clone(), spec.clone());
-        self.to_its_end("ensure a stream", async move {
-            let mut queue = core.queue.lock().await;
-            let mut session = queue.begin().await?;
-            session.ensure_stream(&spec).await?;
-            session.commit().await.map(drop)
-        })
-        .await
+        let spec = spec.clone();
+        let ensure = move |queue: &mut Queue| {
+            let mut session = queue.begin()?;
+            session.ensure_stream(&spec)?;
+            session.commit().map(drop)
+        };
+        self.core.with("ensure a stream", ensure).await
     }
 
     async fn publish(&self, stream: &'static str, messages: Vec<Message>) -> Vec<Result<Published, Error>> {
@@ -234,15 +246,15 @@ impl Bus for SqliteBus {
     }
 
     async fn consumer(&self, spec: ConsumerSpec) -> Result<Arc<dyn Consumer>, Error> {
-        let (core, stream) = (self.core.clone(), spec.stream);
-        let opened = self.to_its_end("open a consumer", async move {
-            let mut queue = core.queue.lock().await;
-            let mut session = queue.begin().await?;
-            let id = session.open_consumer(&spec).await?;
-            core.ring(session.commit().await?);
-            Ok(id)
-        });
-        let Some(id) = opened.await? else {
+        let stream = spec.stream;
+        let open = move |queue: &mut Queue| {
+            let mut session = queue.begin()?;
+            let id = session.open_consumer(&spec)?;
+            Ok((id, session.commit()?))
+        };
+        let (opened, wake) = self.core.with("open a consumer", open).await?;
+        self.core.ring(wake);
+        let Some(id) = opened else {
             let message = format!("there is no stream {stream}");
             return Err(Error::Refused { operation: "open a consumer", message });
         };
@@ -250,35 +262,37 @@ impl Bus for SqliteBus {
     }
 
     async fn consumers(&self, stream: &'static str) -> Result<Vec<String>, Error> {
-        self.core.queue.lock().await.consumers(stream).await.map_err(|e| unavailable("list consumers", e))
+        self.core.with("list consumers", move |queue| queue.consumers(stream)).await
     }
 
     async fn progress(&self, stream: &'static str, consumer: &str) -> Result<Option<Progress>, Error> {
-        self.core.queue.lock().await.progress(stream, consumer).await.map_err(|e| unavailable("ask for progress", e))
+        let consumer = consumer.to_owned();
+        self.core.with("ask for progress", move |queue| queue.progress(stream, &consumer)).await
     }
 
     async fn last_sequence(&self, stream: &'static str) -> Result<u64, Error> {
-        self.core.queue.lock().await.last_sequence(stream).await.map_err(|e| unavailable("ask for the last", e))
+        self.core.with("ask for the last", move |queue| queue.last_sequence(stream)).await
     }
 
     async fn read(&self, stream: &'static str, sequence: u64) -> Result<Option<Message>, Error> {
-        self.core.queue.lock().await.message(stream, sequence).await.map_err(|e| unavailable("read", e))
+        self.core.with("read", move |queue| queue.message(stream, sequence)).await
     }
 
     async fn dead_letters(&self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>, Error> {
-        self.core.queue.lock().await.dead_letters(after, limit).await.map_err(|e| unavailable("list dead letters", e))
+        let after = after.map(str::to_owned);
+        self.core.with("list dead letters", move |queue| queue.dead_letters(after.as_deref(), limit)).await
     }
 
     async fn redrive(&self, id: &str) -> Result<Option<DeadLetter>, Error> {
-        let (core, id) = (self.core.clone(), id.to_owned());
-        let redriven = self.to_its_end("redrive", async move {
-            let mut queue = core.queue.lock().await;
-            let mut session = queue.begin().await?;
-            let letter = session.redrive(&id).await?;
-            core.ring(session.commit().await?);
-            Ok(letter)
-        });
-        redriven.await?.transpose()
+        let id = id.to_owned();
+        let redrive = move |queue: &mut Queue| {
+            let mut session = queue.begin()?;
+            let letter = session.redrive(&id)?;
+            Ok((letter, session.commit()?))
+        };
+        let (letter, wake) = self.core.with("redrive", redrive).await?;
+        self.core.ring(wake);
+        letter.transpose()
     }
 
     async fn signal(&self, subject: &'static str, payload: Bytes) -> Result<(), Error> {
@@ -367,6 +381,11 @@ fn lock_file(path: &Path) -> io::Result<File> {
     File::options().create(true).truncate(false).write(true).open(name)
 }
 
+/// The queue's thread has ended, or what was asked of it panicked.
+#[derive(Debug, thiserror::Error)]
+#[error("the bus has stopped")]
+struct Stopped;
+
 fn unavailable(operation: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> Error {
     Error::Unavailable { operation, source: Box::new(source) }
 }
@@ -448,12 +467,12 @@ mod tests {
         bus.publish("S", vec![message(1)]).await;
         let first = lane.fetch(1, Duration::ZERO).await.unwrap();
         lane.settle(vec![(first[0].clone(), Settlement::Nak(Duration::from_secs(3_600)))]).await.unwrap();
-        {
-            let mut queue = bus.core.queue.lock().await;
-            let mut session = queue.begin().await.unwrap();
-            session.publish("S", vec![message(2)]).await.unwrap();
-            assert_eq!(session.fetch(1, 10).await.unwrap().deliveries.len(), 1);
-        }
+        let uncommitted = bus.core.with("fail", |queue| {
+            let mut session = queue.begin()?;
+            session.publish("S", vec![message(2)])?;
+            Ok(session.fetch(1, 10)?.deliveries.len())
+        });
+        assert_eq!(uncommitted.await.unwrap(), 1);
         assert_eq!(bus.last_sequence("S").await.unwrap(), 1);
         assert!(lane.fetch(10, Duration::from_millis(50)).await.unwrap().is_empty());
         let published = bus.publish("S", vec![message(3)]).await.remove(0).unwrap();
@@ -468,12 +487,15 @@ mod tests {
         let bus = SqliteBus::open(&path, Clock::tokio(), &tasks).await.unwrap();
         drop(lane(&bus).await);
         for rolls_back in [true, false] {
-            let mut queue = bus.core.queue.lock().await;
-            let mut session = queue.begin().await.unwrap();
-            session.publish("S", vec![message(1)]).await.unwrap();
-            if rolls_back {
-                session.roll_back_as_when_there_is_no_room().await;
-            }
+            let uncommitted = bus.core.with("fail", move |queue| {
+                let mut session = queue.begin()?;
+                session.publish("S", vec![message(1)])?;
+                if rolls_back {
+                    session.roll_back_as_when_there_is_no_room();
+                }
+                Ok(())
+            });
+            uncommitted.await.unwrap();
         }
         bus.publish("S", vec![message(2)]).await.remove(0).unwrap();
         drop(bus);
@@ -481,6 +503,19 @@ mod tests {
         tasks.wait().await;
         let bus = SqliteBus::open(&path, Clock::tokio(), &TaskTracker::new()).await.unwrap();
         assert_eq!(bus.last_sequence("S").await.unwrap(), 1);
+    }
+
+    #[tokio::test]
+    async fn what_panics_fails_alone_and_leaves_nothing() {
+        let bus = SqliteBus::in_memory(Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        drop(lane(&bus).await);
+        let panics = bus.core.with::<()>("panic", |queue| {
+            let mut session = queue.begin()?;
+            session.publish("S", vec![message(1)])?;
+            panic!("as tested")
+        });
+        assert!(matches!(panics.await, Err(Error::Unavailable { .. })));
+        assert_eq!(bus.publish("S", vec![message(2)]).await.remove(0).unwrap().sequence, 1);
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,14 +7,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    path::Path,
     time::Duration,
 };
 
-use futures::TryStreamExt;
-use sea_orm::sqlx::{
-    self, AssertSqlSafe, Connection, Sqlite, SqliteConnection, Transaction, query, query_as, query_scalar,
-    sqlite::SqliteConnectOptions,
-};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params, types::Type};
 use tokio::time::Instant;
 
 use super::recent::{Recent, WINDOW};
@@ -26,19 +23,21 @@ use crate::{
     clock::Clock,
 };
 
-/// Rows of one INSERT at most. Chunks are powers of two, so that a handful of prepared statements serves every size.
-const MAX_ROWS: usize = 64;
+/// Statements that are kept parsed: all there are.
+const TEXTS: usize = 64;
+
+/// How long another connection may keep the file busy: somebody who looks at it with a tool.
+const BUSY_WAIT: Duration = Duration::from_secs(5);
 
 /// Messages dropped for their age in one transaction at most, beside what a transaction publishes.
 const PRUNE: i64 = 2_000;
 
-type Result<T> = sqlx::Result<T>;
+pub(super) type Result<T> = rusqlite::Result<T>;
 
 /// The connection and its mirror.
 #[derive(Debug)]
 pub(super) struct Queue {
-    options: SqliteConnectOptions,
-    connection: SqliteConnection,
+    connection: Connection,
     mirror: Mirror,
     trusted: bool,
     clock: Clock,
@@ -100,7 +99,7 @@ pub(super) struct Fetched {
 
 /// One transaction.
 pub(super) struct Session<'q> {
-    tx: Transaction<'q, Sqlite>,
+    tx: Transaction<'q>,
     mirror: &'q mut Mirror,
     trusted: &'q mut bool,
     now_ms: i64,
@@ -109,67 +108,70 @@ pub(super) struct Session<'q> {
 }
 
 impl Queue {
-    /// Opens the file, makes the tables where they are missing, and reads the mirror.
-    pub(super) async fn open(options: SqliteConnectOptions, clock: Clock) -> Result<Self> {
-        let mut connection = SqliteConnection::connect_with(&options).await?;
-        sqlx::raw_sql(include_str!("schema.sql")).execute(&mut connection).await?;
-        let mirror = Mirror::read(&mut connection, &mut Mirror::default(), clock.now_ms()).await?;
-        Ok(Self { options, connection, mirror, trusted: true, clock })
+    /// Opens the file, or one in memory, makes the tables where they are missing, and reads the mirror.
+    pub(super) fn open(path: Option<&Path>, clock: Clock) -> Result<Self> {
+        let connection = path.map_or_else(Connection::open_in_memory, Connection::open)?;
+        connection.busy_timeout(BUSY_WAIT)?;
+        connection.set_prepared_statement_cache_capacity(TEXTS);
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        connection.pragma_update(None, "cache_size", -4000)?;
+        // Fewer and larger checkpoints: each syncs the file and not only its log.
+        connection.pragma_update(None, "wal_autocheckpoint", 4000)?;
+        connection.execute_batch(include_str!("schema.sql"))?;
+        let mirror = Mirror::read(&connection, &mut Mirror::default(), clock.now_ms())?;
+        Ok(Self { connection, mirror, trusted: true, clock })
     }
 
     /// Starts a transaction. Drops what is too old, so that nothing else need think of it.
-    pub(super) async fn begin(&mut self) -> Result<Session<'_>> {
-        self.trust().await?;
+    pub(super) fn begin(&mut self) -> Result<Session<'_>> {
+        self.trust()?;
         self.trusted = false;
         let mut session = Session {
-            tx: self.connection.begin().await?,
+            tx: self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?,
             mirror: &mut self.mirror,
             trusted: &mut self.trusted,
             now_ms: self.clock.now_ms(),
             now: Instant::now(),
             wake: BTreeSet::new(),
         };
-        session.prune().await?;
+        session.prune()?;
         Ok(session)
     }
 
-    async fn trust(&mut self) -> Result<()> {
+    fn trust(&mut self) -> Result<()> {
         if !self.trusted {
-            // Answered after a rollback that was only asked for. When there is no room SQLite rolls back by itself, and
-            // its driver would take what comes for parts of a transaction that nobody ever commits.
-            self.connection.ping().await?;
-            if self.connection.is_in_transaction() {
-                let fresh = SqliteConnection::connect_with(&self.options).await?;
-                std::mem::replace(&mut self.connection, fresh).close_hard().await?;
+            // A rollback that failed: what came next would be part of what nobody commits.
+            if !self.connection.is_autocommit() {
+                self.connection.execute_batch("ROLLBACK")?;
             }
-            self.mirror = Mirror::read(&mut self.connection, &mut self.mirror, self.clock.now_ms()).await?;
+            self.mirror = Mirror::read(&self.connection, &mut self.mirror, self.clock.now_ms())?;
             self.trusted = true;
         }
         Ok(())
     }
 
-    pub(super) async fn consumers(&mut self, stream: &str) -> Result<Vec<String>> {
-        self.trust().await?;
+    pub(super) fn consumers(&mut self, stream: &str) -> Result<Vec<String>> {
+        self.trust()?;
         let of_stream = self.mirror.consumers.values().filter(|c| c.stream == stream);
         Ok(of_stream.map(|c| c.name.clone()).collect())
     }
 
-    pub(super) async fn progress(&mut self, stream: &str, consumer: &str) -> Result<Option<Progress>> {
-        self.trust().await?;
+    pub(super) fn progress(&mut self, stream: &str, consumer: &str) -> Result<Option<Progress>> {
+        self.trust()?;
         let Mirror { streams, consumers } = &self.mirror;
         let found = consumers.values().find(|c| c.stream == stream && c.name == consumer);
         let (Some(stream), Some(consumer)) = (streams.get(stream), found) else { return Ok(None) };
         let (mut waiting, mut first_waiting) = (0, None::<u64>);
         for subject in stream.undelivered(consumer) {
-            let next: Option<(i64, i64)> =
-                query_as("SELECT seq, nth FROM messages WHERE subject = ?1 AND seq > ?2 ORDER BY seq LIMIT 1")
-                    .bind(subject.id)
-                    .bind(consumer.cursor as i64)
-                    .fetch_optional(&mut self.connection)
-                    .await?;
+            let next: Option<(u64, u64)> = self
+                .connection
+                .prepare_cached("SELECT seq, nth FROM messages WHERE subject = ?1 AND seq > ?2 ORDER BY seq LIMIT 1")?
+                .query_row((subject.id, consumer.cursor), |row| row.try_into())
+                .optional()?;
             if let Some((seq, nth)) = next {
-                waiting += subject.count - nth as u64 + 1;
-                first_waiting = Some(first_waiting.map_or(seq as u64, |first| first.min(seq as u64)));
+                waiting += subject.count - nth + 1;
+                first_waiting = Some(first_waiting.map_or(seq, |first| first.min(seq)));
             }
         }
         // Pending messages lie before the cursor and waiting ones behind it.
@@ -181,105 +183,95 @@ impl Queue {
         }))
     }
 
-    pub(super) async fn last_sequence(&mut self, stream: &str) -> Result<u64> {
-        self.trust().await?;
+    pub(super) fn last_sequence(&mut self, stream: &str) -> Result<u64> {
+        self.trust()?;
         Ok(self.mirror.streams.get(stream).map_or(0, |s| s.last))
     }
 
-    pub(super) async fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<Message>> {
-        self.trust().await?;
+    pub(super) fn message(&mut self, stream: &str, sequence: u64) -> Result<Option<Message>> {
+        self.trust()?;
         let Some(stream) = self.mirror.streams.get(stream) else { return Ok(None) };
-        let row: Option<(String, String, String, Vec<u8>)> = query_as(
-            "SELECT (SELECT name FROM subjects s WHERE s.id = m.subject), id, headers, payload FROM messages m \
-             WHERE stream = ?1 AND seq = ?2 AND at_ms > ?3",
-        )
-        .bind(stream.id)
-        .bind(sequence as i64)
-        .bind(self.clock.now_ms() - stream.max_age_ms)
-        .fetch_optional(&mut self.connection)
-        .await?;
-        row.map(|(subject, id, headers, payload)| {
-            Ok(Message { subject, id, headers: decode_headers(&headers)?, payload: payload.into() })
-        })
-        .transpose()
+        let message = |row: &Row<'_>| {
+            let payload: Vec<u8> = row.get(3)?;
+            Ok(Message { subject: row.get(0)?, id: row.get(1)?, headers: headers(row, 2)?, payload: payload.into() })
+        };
+        self.connection
+            .prepare_cached(
+                "SELECT (SELECT name FROM subjects s WHERE s.id = m.subject), id, headers, payload FROM messages m \
+                 WHERE stream = ?1 AND seq = ?2 AND at_ms > ?3",
+            )?
+            .query_row((stream.id, sequence, self.clock.now_ms() - stream.max_age_ms), message)
+            .optional()
     }
 
-    pub(super) async fn dead_letters(&mut self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
-        let rows: Vec<DeadLetterRow> = query_as(
-            "SELECT id, subject, message_id, attempts, reason, payload, at_ms FROM dead_letters \
-             WHERE n > COALESCE((SELECT n FROM dead_letters WHERE id = ?1), 0) ORDER BY n LIMIT ?2",
-        )
-        .bind(after)
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(&mut self.connection)
-        .await?;
-        Ok(rows.into_iter().map(dead_letter).collect())
+    pub(super) fn dead_letters(&mut self, after: Option<&str>, limit: usize) -> Result<Vec<DeadLetter>> {
+        self.connection
+            .prepare_cached(
+                "SELECT id, subject, message_id, attempts, reason, payload, at_ms FROM dead_letters \
+                 WHERE n > COALESCE((SELECT n FROM dead_letters WHERE id = ?1), 0) ORDER BY n LIMIT ?2",
+            )?
+            .query_map((after, i64::try_from(limit).unwrap_or(i64::MAX)), dead_letter)?
+            .collect()
     }
 }
 
 impl Mirror {
     /// Reads everything from the file. What `before` knew and the file does not is kept: due times (without them, what
     /// is pending is due at once) and the age of ids.
-    async fn read(connection: &mut SqliteConnection, before: &mut Mirror, now_ms: i64) -> Result<Self> {
+    fn read(connection: &Connection, before: &mut Mirror, now_ms: i64) -> Result<Self> {
         let mut mirror = Mirror::default();
         let mut names = HashMap::new();
-        let streams: Vec<(i64, String, String, i64, i64)> =
-            query_as("SELECT id, name, subjects, max_age_ms, last FROM streams").fetch_all(&mut *connection).await?;
-        for (id, name, subjects, max_age_ms, last) in streams {
+        let mut streams = connection.prepare("SELECT id, name, subjects, max_age_ms, last FROM streams")?;
+        let mut subjects_of = connection.prepare("SELECT id, name FROM subjects WHERE stream = ?1")?;
+        let mut newest =
+            connection.prepare("SELECT seq, nth FROM messages WHERE subject = ?1 ORDER BY seq DESC LIMIT 1")?;
+        for stream in streams.query_map((), |row| row.try_into())? {
+            let (id, name, patterns, max_age_ms, last): (i64, String, String, i64, u64) = stream?;
             let mut stream = Stream {
                 id,
-                patterns: subjects.split(' ').map(str::to_owned).collect(),
+                patterns: patterns.split(' ').map(str::to_owned).collect(),
                 max_age_ms,
-                last: last as u64,
-                oldest_at_ms: oldest(&mut *connection, id).await?,
+                last,
+                oldest_at_ms: oldest(connection, id)?,
                 recent: match before.streams.contains_key(&name) {
                     true => Recent::default(),
-                    false => recent(&mut *connection, id, now_ms).await?,
+                    false => recent(connection, id, now_ms)?,
                 },
                 subjects: BTreeMap::new(),
             };
-            let subjects: Vec<(i64, String)> = query_as("SELECT id, name FROM subjects WHERE stream = ?1")
-                .bind(id)
-                .fetch_all(&mut *connection)
-                .await?;
-            for (id, name) in subjects {
-                let newest: Option<(i64, i64)> =
-                    query_as("SELECT seq, nth FROM messages WHERE subject = ?1 ORDER BY seq DESC LIMIT 1")
-                        .bind(id)
-                        .fetch_optional(&mut *connection)
-                        .await?;
-                let (last, count) = newest.unwrap_or_default();
-                stream.subjects.insert(name, Subject { id, last: last as u64, count: count as u64 });
+            for subject in subjects_of.query_map((id,), |row| row.try_into())? {
+                let (id, name): (i64, String) = subject?;
+                let (last, count) = newest.query_row((id,), |row| row.try_into()).optional()?.unwrap_or_default();
+                stream.subjects.insert(name, Subject { id, last, count });
             }
             names.insert(id, name.clone());
             mirror.streams.insert(name, stream);
         }
-        let consumers: Vec<ConsumerRow> =
-            query_as("SELECT id, stream, name, filter, ack_wait_ms, max_attempts, max_pending, cursor FROM consumers")
-                .fetch_all(&mut *connection)
-                .await?;
-        for (id, stream, name, filter, ack_wait_ms, max_attempts, max_pending, cursor) in consumers {
+        let mut consumers = connection.prepare(
+            "SELECT id, stream, name, filter, ack_wait_ms, max_attempts, max_pending, cursor FROM consumers",
+        )?;
+        let mut pending_of = connection.prepare("SELECT seq, attempt FROM pending WHERE consumer = ?1")?;
+        let mut rows = consumers.query(())?;
+        while let Some(row) = rows.next()? {
+            let (id, stream): (i64, i64) = (row.get(0)?, row.get(1)?);
             let Some(stream) = names.get(&stream) else { continue };
             let mut consumer = Consumer {
                 stream: stream.clone(),
-                name,
-                filter,
-                ack_wait: Duration::from_millis(ack_wait_ms as u64),
-                max_attempts,
-                max_pending: max_pending as usize,
-                cursor: cursor as u64,
+                name: row.get(2)?,
+                filter: row.get(3)?,
+                ack_wait: Duration::from_millis(row.get(4)?),
+                max_attempts: row.get(5)?,
+                max_pending: row.get(6)?,
+                cursor: row.get(7)?,
                 pending: BTreeMap::new(),
                 due: BTreeSet::new(),
             };
-            let pending: Vec<(i64, u32)> = query_as("SELECT seq, attempt FROM pending WHERE consumer = ?1")
-                .bind(id)
-                .fetch_all(&mut *connection)
-                .await?;
             let now = Instant::now();
             let known = before.consumers.get(&id).map(|c| &c.pending);
-            for (seq, attempt) in pending {
-                let due = known.and_then(|p| p.get(&(seq as u64))).map_or(now, |p| p.due);
-                consumer.put(seq as u64, attempt, due);
+            for pending in pending_of.query_map((id,), |row| row.try_into())? {
+                let (seq, attempt): (u64, u32) = pending?;
+                let due = known.and_then(|p| p.get(&seq)).map_or(now, |p| p.due);
+                consumer.put(seq, attempt, due);
             }
             mirror.consumers.insert(id, consumer);
         }
@@ -324,31 +316,28 @@ impl Consumer {
 }
 
 impl Session<'_> {
-    /// What SQLite does by itself then, and its driver does not know.
+    /// What SQLite does by itself then.
     #[cfg(test)]
-    pub(super) async fn roll_back_as_when_there_is_no_room(&mut self) {
-        sqlx::raw_sql("ROLLBACK").execute(&mut *self.tx).await.unwrap();
+    pub(super) fn roll_back_as_when_there_is_no_room(&mut self) {
+        self.tx.execute_batch("ROLLBACK").unwrap();
     }
 
     /// Makes it durable. Answers the consumers that may have something to fetch now.
-    pub(super) async fn commit(self) -> Result<BTreeSet<i64>> {
-        self.tx.commit().await?;
+    pub(super) fn commit(self) -> Result<BTreeSet<i64>> {
+        self.tx.commit()?;
         *self.trusted = true;
         Ok(self.wake)
     }
 
-    pub(super) async fn ensure_stream(&mut self, spec: &StreamSpec) -> Result<()> {
+    pub(super) fn ensure_stream(&mut self, spec: &StreamSpec) -> Result<()> {
         let max_age_ms = i64::try_from(spec.max_age.as_millis()).unwrap_or(i64::MAX);
-        let id: i64 = query_scalar(
+        let id = self.tx.query_row(
             "INSERT INTO streams (name, subjects, max_age_ms) VALUES (?1, ?2, ?3) \
              ON CONFLICT (name) DO UPDATE SET subjects = excluded.subjects, max_age_ms = excluded.max_age_ms \
              RETURNING id",
-        )
-        .bind(spec.name)
-        .bind(spec.subjects.join(" "))
-        .bind(max_age_ms)
-        .fetch_one(&mut *self.tx)
-        .await?;
+            (spec.name, spec.subjects.join(" "), max_age_ms),
+            |row| row.get(0),
+        )?;
         let stream = self.mirror.streams.entry(spec.name.to_owned()).or_insert_with(|| Stream {
             id,
             patterns: Vec::new(),
@@ -364,22 +353,23 @@ impl Session<'_> {
     }
 
     /// Makes or updates a consumer; `None` when there is no such stream.
-    pub(super) async fn open_consumer(&mut self, spec: &ConsumerSpec) -> Result<Option<i64>> {
+    pub(super) fn open_consumer(&mut self, spec: &ConsumerSpec) -> Result<Option<i64>> {
         let Some(stream) = self.mirror.streams.get(spec.stream) else { return Ok(None) };
-        let id: i64 = query_scalar(
+        let id = self.tx.query_row(
             "INSERT INTO consumers (stream, name, filter, ack_wait_ms, max_attempts, max_pending, cursor) \
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, 0) \
              ON CONFLICT (stream, name) DO UPDATE SET filter = excluded.filter, ack_wait_ms = excluded.ack_wait_ms, \
              max_attempts = excluded.max_attempts, max_pending = excluded.max_pending RETURNING id",
-        )
-        .bind(stream.id)
-        .bind(&spec.name)
-        .bind(&spec.filter)
-        .bind(spec.ack_wait.as_millis() as i64)
-        .bind(spec.max_attempts)
-        .bind(i64::try_from(spec.max_pending).unwrap_or(i64::MAX))
-        .fetch_one(&mut *self.tx)
-        .await?;
+            params![
+                stream.id,
+                spec.name,
+                spec.filter,
+                spec.ack_wait.as_millis() as i64,
+                spec.max_attempts,
+                i64::try_from(spec.max_pending).unwrap_or(i64::MAX),
+            ],
+            |row| row.get(0),
+        )?;
         let consumer = self.mirror.consumers.entry(id).or_insert_with(|| Consumer {
             stream: spec.stream.to_owned(),
             name: spec.name.clone(),
@@ -399,7 +389,7 @@ impl Session<'_> {
         Ok(Some(id))
     }
 
-    pub(super) async fn publish(
+    pub(super) fn publish(
         &mut self,
         name: &str,
         messages: Vec<Message>,
@@ -409,9 +399,12 @@ impl Session<'_> {
         let Some(stream) = mirror.streams.get_mut(name) else {
             return Ok(messages.iter().map(|_| Err(refused(format!("there is no stream {name}")))).collect());
         };
+        let mut insert = tx.prepare_cached(
+            "INSERT INTO messages (stream, seq, subject, nth, id, headers, payload, at_ms) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        )?;
+        let (before, mut subjects) = (stream.last, BTreeSet::new());
         let mut results = Vec::with_capacity(messages.len());
-        let mut rows = Vec::with_capacity(messages.len());
-        let mut subjects = BTreeSet::new();
         for message in messages {
             if !stream.accepts(&message.subject) {
                 results.push(Err(refused(format!("{name} does not keep the subject {}", message.subject))));
@@ -422,66 +415,52 @@ impl Session<'_> {
                 continue;
             }
             if !stream.subjects.contains_key(&message.subject) {
-                let id = query_scalar("INSERT INTO subjects (stream, name) VALUES (?1, ?2) RETURNING id")
-                    .bind(stream.id)
-                    .bind(&message.subject)
-                    .fetch_one(&mut **tx)
-                    .await?;
+                let id = tx.query_row(
+                    "INSERT INTO subjects (stream, name) VALUES (?1, ?2) RETURNING id",
+                    (stream.id, &message.subject),
+                    |row| row.get(0),
+                )?;
                 stream.subjects.insert(message.subject.clone(), Subject { id, last: 0, count: 0 });
             }
             let subject = stream.subjects.get_mut(&message.subject).expect("it was just inserted");
             stream.last += 1;
             subject.last = stream.last;
             subject.count += 1;
-            if !subjects.contains(&message.subject) {
-                subjects.insert(message.subject.clone());
-            }
             stream.recent.remember(*now, &message.id, stream.last);
             results.push(Ok(Published { sequence: stream.last, duplicate: false }));
-            rows.push((stream.last, subject.id, subject.count, message));
+            let (headers, payload) = (json(&message.headers), message.payload.as_ref());
+            insert.execute(params![
+                stream.id,
+                stream.last,
+                subject.id,
+                subject.count,
+                message.id,
+                headers,
+                payload,
+                *now_ms
+            ])?;
+            if !subjects.contains(&message.subject) {
+                subjects.insert(message.subject);
+            }
         }
-        if rows.is_empty() {
+        let published = stream.last - before;
+        if published == 0 {
             return Ok(results);
         }
 
         stream.oldest_at_ms.get_or_insert(*now_ms);
-        let mut rest = rows.as_slice();
-        while !rest.is_empty() {
-            let (chunk, tail) = rest.split_at(prev_power_of_two(rest.len().min(MAX_ROWS)));
-            rest = tail;
-            let places = vec!["(?,?,?,?,?,?,?,?)"; chunk.len()].join(",");
-            let mut insert = query(AssertSqlSafe(format!(
-                "INSERT INTO messages (stream, seq, subject, nth, id, headers, payload, at_ms) VALUES {places}"
-            )));
-            for (seq, subject, nth, message) in chunk {
-                insert = insert
-                    .bind(stream.id)
-                    .bind(*seq as i64)
-                    .bind(subject)
-                    .bind(*nth as i64)
-                    .bind(&message.id)
-                    .bind(json(&message.headers))
-                    .bind(message.payload.as_ref())
-                    .bind(*now_ms);
-            }
-            insert.execute(&mut **tx).await?;
-        }
-        query("UPDATE streams SET last = ?2 WHERE id = ?1")
-            .bind(stream.id)
-            .bind(stream.last as i64)
-            .execute(&mut **tx)
-            .await?;
+        tx.prepare_cached("UPDATE streams SET last = ?2 WHERE id = ?1")?.execute((stream.id, stream.last))?;
         for (id, consumer) in mirror.consumers.iter().filter(|(_, c)| c.stream == name) {
             if subjects.iter().any(|subject| matches(&consumer.filter, subject)) {
                 wake.insert(*id);
             }
         }
-        metrics::counter!("seckill_bus_published_total", "stream" => name.to_owned()).increment(rows.len() as u64);
+        metrics::counter!("seckill_bus_published_total", "stream" => name.to_owned()).increment(published);
         Ok(results)
     }
 
     /// Settles what is still pending; what was settled before is left alone.
-    pub(super) async fn settle(&mut self, id: i64, settlements: Vec<(Delivery, Settlement)>) -> Result<()> {
+    pub(super) fn settle(&mut self, id: i64, settlements: Vec<(Delivery, Settlement)>) -> Result<()> {
         let Some(consumer) = self.mirror.consumers.get_mut(&id) else { return Ok(()) };
         let (mut done, mut dead) = (Vec::new(), Vec::new());
         for (delivery, settlement) in settlements {
@@ -503,13 +482,13 @@ impl Session<'_> {
         }
         self.wake.insert(id);
         for (delivery, attempts, reason) in dead {
-            self.bury(id, delivery, attempts, reason).await?;
+            self.bury(id, delivery, attempts, reason)?;
         }
-        self.forget(id, &done).await
+        self.forget(id, &done)
     }
 
     /// Up to `max` deliveries: first what is due again, then what was never delivered, as far as the window allows.
-    pub(super) async fn fetch(&mut self, id: i64, max: usize) -> Result<Fetched> {
+    pub(super) fn fetch(&mut self, id: i64, max: usize) -> Result<Fetched> {
         let nothing = Fetched { deliveries: Vec::new(), buried: false, next_due: None };
         let Some(consumer) = self.mirror.consumers.get(&id) else { return Ok(nothing) };
         let Some(stream) = self.mirror.streams.get(&consumer.stream) else { return Ok(nothing) };
@@ -519,21 +498,19 @@ impl Session<'_> {
         let room = (max - due.len()).min(consumer.max_pending.saturating_sub(consumer.pending.len()));
         let mut fresh: Vec<u64> = Vec::new();
         if room > 0 {
+            let mut of_subject = self
+                .tx
+                .prepare_cached("SELECT seq FROM messages WHERE subject = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3")?;
             for subject in stream.undelivered(consumer) {
-                let of_subject: Vec<i64> =
-                    query_scalar("SELECT seq FROM messages WHERE subject = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3")
-                        .bind(subject.id)
-                        .bind(consumer.cursor as i64)
-                        .bind(room as i64)
-                        .fetch_all(&mut *self.tx)
-                        .await?;
-                fresh.extend(of_subject.into_iter().map(|seq| seq as u64));
+                for seq in of_subject.query_map((subject.id, consumer.cursor, room), |row| row.get(0))? {
+                    fresh.push(seq?);
+                }
             }
             fresh.sort_unstable();
             fresh.truncate(room);
         }
 
-        let mut messages = self.load(stream_id, due.iter().chain(&fresh)).await?;
+        let mut messages = self.load(stream_id, due.iter().chain(&fresh))?;
         let consumer = self.mirror.consumers.get_mut(&id).expect("it was there a moment ago");
         let due_again = self.now + consumer.ack_wait;
         let (mut deliveries, mut again) = (Vec::with_capacity(messages.len()), Vec::new());
@@ -563,132 +540,119 @@ impl Session<'_> {
         }
 
         if !again.is_empty() {
-            query(
-                "UPDATE pending SET attempt = attempt + 1 \
-                 WHERE consumer = ?1 AND seq IN (SELECT value FROM json_each(?2))",
-            )
-            .bind(id)
-            .bind(json(&again))
-            .execute(&mut *self.tx)
-            .await?;
+            let mut update =
+                self.tx.prepare_cached("UPDATE pending SET attempt = attempt + 1 WHERE consumer = ?1 AND seq = ?2")?;
+            for seq in again {
+                update.execute((id, seq))?;
+            }
         }
         if !fresh.is_empty() {
-            query("INSERT INTO pending (consumer, seq, attempt) SELECT ?1, value, 1 FROM json_each(?2)")
-                .bind(id)
-                .bind(json(&fresh))
-                .execute(&mut *self.tx)
-                .await?;
-            query("UPDATE consumers SET cursor = ?2 WHERE id = ?1")
-                .bind(id)
-                .bind(cursor as i64)
-                .execute(&mut *self.tx)
-                .await?;
+            let mut insert =
+                self.tx.prepare_cached("INSERT INTO pending (consumer, seq, attempt) VALUES (?1, ?2, 1)")?;
+            for seq in fresh {
+                insert.execute((id, seq))?;
+            }
+            self.tx.prepare_cached("UPDATE consumers SET cursor = ?2 WHERE id = ?1")?.execute((id, cursor))?;
         }
         let buried = !spent.is_empty();
         for (delivery, attempts) in spent {
             gone.push(delivery.sequence);
-            self.bury(id, delivery, attempts, ATTEMPTS_USED_UP.to_owned()).await?;
+            self.bury(id, delivery, attempts, ATTEMPTS_USED_UP.to_owned())?;
         }
-        self.forget(id, &gone).await?;
+        self.forget(id, &gone)?;
         let next_due = self.mirror.consumers[&id].due.first().map(|(at, _)| *at);
         Ok(Fetched { deliveries, buried, next_due })
     }
 
     /// Publishes a dead letter again and forgets it.
-    pub(super) async fn redrive(&mut self, id: &str) -> Result<Option<std::result::Result<DeadLetter, Error>>> {
-        let found: Option<(i64, String, String)> =
-            query_as("SELECT n, stream, headers FROM dead_letters WHERE id = ?1")
-                .bind(id)
-                .fetch_optional(&mut *self.tx)
-                .await?;
-        let Some((n, stream, headers)) = found else { return Ok(None) };
-        let row: DeadLetterRow =
-            query_as("SELECT id, subject, message_id, attempts, reason, payload, at_ms FROM dead_letters WHERE n = ?1")
-                .bind(n)
-                .fetch_one(&mut *self.tx)
-                .await?;
-        let letter = dead_letter(row);
+    pub(super) fn redrive(&mut self, id: &str) -> Result<Option<std::result::Result<DeadLetter, Error>>> {
+        let found = self.tx.query_row(
+            "SELECT id, subject, message_id, attempts, reason, payload, at_ms, n, stream, headers \
+             FROM dead_letters WHERE id = ?1",
+            (id,),
+            |row| Ok((dead_letter(row)?, row.get::<_, i64>(7)?, row.get::<_, String>(8)?, headers(row, 9)?)),
+        );
+        let Some((letter, n, stream, headers)) = found.optional()? else { return Ok(None) };
         let message = Message {
             subject: letter.subject.clone(),
             id: format!("{}/redrive-{n}", letter.message_id),
-            headers: decode_headers(&headers)?,
+            headers,
             payload: letter.payload.clone(),
         };
-        if let Some(Err(error)) = self.publish(&stream, vec![message]).await?.pop() {
+        if let Some(Err(error)) = self.publish(&stream, vec![message])?.pop() {
             return Ok(Some(Err(error)));
         }
-        query("DELETE FROM dead_letters WHERE n = ?1").bind(n).execute(&mut *self.tx).await?;
+        self.tx.execute("DELETE FROM dead_letters WHERE n = ?1", (n,))?;
         Ok(Some(Ok(letter)))
     }
 
     /// Drops messages older than their stream's age, and ids older than the window.
-    async fn prune(&mut self) -> Result<()> {
+    fn prune(&mut self) -> Result<()> {
         for stream in self.mirror.streams.values_mut() {
             stream.recent.expire(self.now);
             let oldest_kept = self.now_ms - stream.max_age_ms;
             if stream.oldest_at_ms.is_none_or(|at| at > oldest_kept) {
                 continue;
             }
-            query(
+            let mut delete = self.tx.prepare_cached(
                 "DELETE FROM messages WHERE stream = ?1 AND at_ms <= ?2 \
                  AND seq IN (SELECT seq FROM messages WHERE stream = ?1 ORDER BY seq LIMIT ?3)",
-            )
-            .bind(stream.id)
-            .bind(oldest_kept)
-            .bind(PRUNE)
-            .execute(&mut *self.tx)
-            .await?;
-            stream.oldest_at_ms = oldest(&mut self.tx, stream.id).await?;
+            )?;
+            delete.execute((stream.id, oldest_kept, PRUNE))?;
+            stream.oldest_at_ms = oldest(&self.tx, stream.id)?;
         }
         Ok(())
     }
 
-    async fn load(&mut self, stream: i64, sequences: impl Iterator<Item = &u64>) -> Result<HashMap<u64, Delivery>> {
-        let sequences: Vec<u64> = sequences.copied().collect();
-        if sequences.is_empty() {
-            return Ok(HashMap::new());
+    fn load<'s>(&self, stream: i64, sequences: impl Iterator<Item = &'s u64>) -> Result<HashMap<u64, Delivery>> {
+        let mut message = self.tx.prepare_cached(
+            "SELECT (SELECT name FROM subjects s WHERE s.id = m.subject), id, headers, payload \
+             FROM messages m WHERE stream = ?1 AND seq = ?2",
+        )?;
+        let mut found = HashMap::new();
+        for sequence in sequences.copied() {
+            let delivery = |row: &Row<'_>| {
+                let payload: Vec<u8> = row.get(3)?;
+                Ok(Delivery {
+                    sequence,
+                    attempt: 1,
+                    subject: row.get(0)?,
+                    id: row.get(1)?,
+                    headers: headers(row, 2)?,
+                    payload: payload.into(),
+                    handle: Handle::default(),
+                })
+            };
+            found.extend(message.query_row((stream, sequence), delivery).optional()?.map(|d| (sequence, d)));
         }
-        let rows: Vec<(i64, String, String, String, Vec<u8>)> = query_as(
-            "SELECT seq, (SELECT name FROM subjects s WHERE s.id = m.subject), id, headers, payload \
-             FROM messages m WHERE stream = ?1 AND seq IN (SELECT value FROM json_each(?2))",
-        )
-        .bind(stream)
-        .bind(json(&sequences))
-        .fetch_all(&mut *self.tx)
-        .await?;
-        let deliveries = rows.into_iter().map(|(seq, subject, id, headers, payload)| {
-            let headers = decode_headers(&headers)?;
-            let (sequence, handle) = (seq as u64, Handle::default());
-            Ok((sequence, Delivery { sequence, attempt: 1, subject, id, headers, payload: payload.into(), handle }))
-        });
-        deliveries.collect()
+        Ok(found)
     }
 
     /// Puts a message among the dead letters. It must be forgotten in the same transaction.
-    async fn bury(&mut self, consumer: i64, delivery: Delivery, attempts: u32, reason: String) -> Result<()> {
+    fn bury(&mut self, consumer: i64, delivery: Delivery, attempts: u32, reason: String) -> Result<()> {
         let Consumer { stream, name, .. } = &self.mirror.consumers[&consumer];
         tracing::warn!(stream, consumer = name, sequence = delivery.sequence, attempts, reason, "dead letter");
-        query(
+        self.tx.execute(
             "INSERT INTO dead_letters (id, stream, subject, message_id, headers, payload, attempts, reason, at_ms) \
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (id) DO NOTHING",
-        )
-        .bind(format!("{stream}-{name}-{}", delivery.sequence))
-        .bind(stream)
-        .bind(&delivery.subject)
-        .bind(&delivery.id)
-        .bind(json(&delivery.headers))
-        .bind(delivery.payload.as_ref())
-        .bind(attempts)
-        .bind(reason)
-        .bind(self.now_ms)
-        .execute(&mut *self.tx)
-        .await?;
+            params![
+                format!("{stream}-{name}-{}", delivery.sequence),
+                stream,
+                delivery.subject,
+                delivery.id,
+                json(&delivery.headers),
+                delivery.payload.as_ref(),
+                attempts,
+                reason,
+                self.now_ms,
+            ],
+        )?;
         metrics::counter!("seckill_bus_dead_letters_total", "stream" => stream.clone(), "consumer" => name.clone())
             .increment(1);
         Ok(())
     }
 
-    async fn forget(&mut self, id: i64, sequences: &[u64]) -> Result<()> {
+    fn forget(&mut self, id: i64, sequences: &[u64]) -> Result<()> {
         if sequences.is_empty() {
             return Ok(());
         }
@@ -697,60 +661,58 @@ impl Session<'_> {
                 consumer.remove(*seq);
             }
         }
-        query("DELETE FROM pending WHERE consumer = ?1 AND seq IN (SELECT value FROM json_each(?2))")
-            .bind(id)
-            .bind(json(&sequences))
-            .execute(&mut *self.tx)
-            .await?;
+        let mut delete = self.tx.prepare_cached("DELETE FROM pending WHERE consumer = ?1 AND seq = ?2")?;
+        for seq in sequences {
+            delete.execute((id, seq))?;
+        }
         Ok(())
     }
 }
 
-/// A row of `consumers` as it is read back.
-type ConsumerRow = (i64, i64, String, String, i64, Option<u32>, i64, i64);
-
-/// A row of `dead_letters` as the two queries select it.
-type DeadLetterRow = (String, String, String, u32, String, Vec<u8>, i64);
-
-fn dead_letter((id, subject, message_id, attempts, reason, payload, at_ms): DeadLetterRow) -> DeadLetter {
-    DeadLetter { id, subject, message_id, attempts, reason, payload: payload.into(), at_ms }
+/// The first seven columns of a row of `dead_letters`, as all queries select them.
+fn dead_letter(row: &Row<'_>) -> Result<DeadLetter> {
+    let payload: Vec<u8> = row.get(5)?;
+    Ok(DeadLetter {
+        id: row.get(0)?,
+        subject: row.get(1)?,
+        message_id: row.get(2)?,
+        attempts: row.get(3)?,
+        reason: row.get(4)?,
+        payload: payload.into(),
+        at_ms: row.get(6)?,
+    })
 }
 
-async fn oldest(connection: &mut SqliteConnection, stream: i64) -> Result<Option<i64>> {
-    query_scalar("SELECT at_ms FROM messages WHERE stream = ?1 ORDER BY seq LIMIT 1")
-        .bind(stream)
-        .fetch_optional(connection)
-        .await
+fn oldest(connection: &Connection, stream: i64) -> Result<Option<i64>> {
+    connection
+        .prepare_cached("SELECT at_ms FROM messages WHERE stream = ?1 ORDER BY seq LIMIT 1")?
+        .query_row((stream,), |row| row.get(0))
+        .optional()
 }
 
 /// The ids of messages that were published within the window, as far as the wall clock knows. They are remembered for
 /// a whole window from now.
-async fn recent(connection: &mut SqliteConnection, stream: i64, now_ms: i64) -> Result<Recent> {
+fn recent(connection: &Connection, stream: i64, now_ms: i64) -> Result<Recent> {
     let since = now_ms - WINDOW.as_millis() as i64;
     let mut recent = Recent::default();
     let now = Instant::now();
     let mut newest_first =
-        query_as::<_, (i64, String, i64)>("SELECT seq, id, at_ms FROM messages WHERE stream = ?1 ORDER BY seq DESC")
-            .bind(stream)
-            .fetch(connection);
-    while let Some((seq, id, at_ms)) = newest_first.try_next().await? {
+        connection.prepare("SELECT seq, id, at_ms FROM messages WHERE stream = ?1 ORDER BY seq DESC")?;
+    for message in newest_first.query_map((stream,), |row| row.try_into())? {
+        let (seq, id, at_ms): (u64, String, i64) = message?;
         if at_ms < since {
             break;
         }
-        recent.remember(now, &id, seq as u64);
+        recent.remember(now, &id, seq);
     }
     Ok(recent)
 }
 
-/// A whole list as one bound parameter: one statement for every length.
 fn json(value: &impl serde::Serialize) -> String {
-    serde_json::to_string(value).expect("strings and numbers have a JSON form")
+    serde_json::to_string(value).expect("strings have a JSON form")
 }
 
-fn decode_headers(text: &str) -> Result<Headers> {
-    serde_json::from_str(text).map_err(|e| sqlx::Error::Decode(e.into()))
-}
-
-fn prev_power_of_two(n: usize) -> usize {
-    1 << n.ilog2()
+fn headers(row: &Row<'_>, column: usize) -> Result<Headers> {
+    let decoded = serde_json::from_str(row.get_ref(column)?.as_str()?);
+    decoded.map_err(|error| rusqlite::Error::FromSqlConversionFailure(column, Type::Text, error.into()))
 }
