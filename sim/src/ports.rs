@@ -341,6 +341,10 @@ impl Permits for Faulty<Kv> {
         permitted!(self, buyers(), async { self.behind.now().buyers(sale).await })
     }
 
+    async fn forget(&self, sale: &SaleId) -> Result<()> {
+        permitted!(self, forget(), async { self.behind.now().forget(sale).await })
+    }
+
     async fn fingerprint(&self) -> Result<String> {
         permitted!(self, fingerprint(), async { self.behind.now().fingerprint().await })
     }

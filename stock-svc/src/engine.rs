@@ -42,6 +42,9 @@ const ALL_HELD_RETRY: Duration = Duration::from_secs(1);
 const FUNNEL_PATIENCE: Duration = Duration::from_millis(500);
 const FUNNEL_POLL: Duration = Duration::from_millis(20);
 
+/// Permits of sales that are over for longer were dropped by a process that ran then.
+const LOOK_BACK_MS: i64 = 30 * 24 * 3600 * 1000;
+
 /// Sales that a loop looks after at the same time.
 const AT_ONCE: usize = 16;
 
@@ -106,8 +109,9 @@ impl Engine {
             refunds: Notify::new(),
             suspicion: Notify::new(),
         }));
-        let live = engine.0.store.live_sales(engine.0.clock.now_ms()).await?;
-        engine.0.catalog.refresh(live);
+        // With those that were live once and may still have permits: the guard drops them.
+        let known = engine.0.store.live_sales(engine.0.clock.now_ms() - LOOK_BACK_MS).await?;
+        engine.0.catalog.refresh(known);
         // There from the start: an alert can tell zero from absent.
         metrics::counter!("seckill_admitted_but_refused_total").increment(0);
         engine.start_guard();

@@ -28,14 +28,15 @@ impl Catalog {
         put(&mut self.0.write().unwrap_or_else(PoisonError::into_inner), record);
     }
 
-    /// Forgets what is not live any more.
-    pub(crate) fn refresh(&self, live: Vec<Record>) {
+    /// Knows these and forgets all others, which it answers.
+    pub(crate) fn refresh(&self, records: Vec<Record>) -> Vec<Record> {
         let mut known = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let ids: HashSet<SaleId> = live.iter().map(|record| record.sale.id.clone()).collect();
-        known.retain(|id, _| ids.contains(id));
-        for record in live {
+        let ids: HashSet<SaleId> = records.iter().map(|record| record.sale.id.clone()).collect();
+        let forgotten = known.extract_if(|id, _| !ids.contains(id)).map(|(_, record)| record).collect();
+        for record in records {
             put(&mut known, record);
         }
+        forgotten
     }
 }
 

@@ -1,4 +1,5 @@
-//! The guard: looks at every live sale's permits a few times a second and says what is to be done about them.
+//! The guard: looks at every live sale's permits a few times a second and says what is to be done about them. Those of a
+//! sale that is over it drops, since they cost memory for every order that was ever placed.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -54,8 +55,20 @@ impl Engine {
     async fn guard(&self, oddities: &mut Option<Oddities>) -> Result<()> {
         let is_first = oddities.is_none();
         let before = oddities.get_or_insert_default();
-        let live = self.0.store.live_sales(self.0.clock.now_ms()).await?;
-        self.0.catalog.refresh(live.clone());
+        let now = self.0.clock.now_ms();
+        let live = self.0.store.live_sales(now).await?;
+        let others = self.0.catalog.refresh(live.clone());
+        // Among the others may be one that was made while the live ones were read.
+        for record in others.iter().filter(|record| !record.sale.is_live(now)) {
+            let sale = &record.sale.id;
+            match self.0.permits.forget(sale).await {
+                Ok(()) => tracing::info!(%sale, "permits of a sale that is over are dropped"),
+                Err(error) => {
+                    tracing::warn!(%sale, %error, "permits of a sale that is over could not be dropped");
+                    self.0.catalog.put(record.clone());
+                }
+            }
+        }
         let server = self.0.permits.fingerprint().await?;
         let mut now_odd = Oddities::new();
         for (header, record) in self.headers(live).await {

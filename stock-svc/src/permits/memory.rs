@@ -134,6 +134,11 @@ impl Permits for Memory {
         Ok(self.with(sale, |permits| permits.buyers()))
     }
 
+    async fn forget(&self, sale: &SaleId) -> Result<()> {
+        self.sales.write().unwrap_or_else(PoisonError::into_inner).remove(sale);
+        Ok(())
+    }
+
     async fn fingerprint(&self) -> Result<String> {
         Ok(self.fingerprint.clone())
     }

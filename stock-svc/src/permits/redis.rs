@@ -1,15 +1,15 @@
 //! Permits in Redis: one hash slot and one EVALSHA per sale and batch. The scripts in `lua/` are the functions of
 //! [`crate::domain::permits`]; a server that does not answer in time is an error, never a "sold out".
 //!
-//! Keys, all tagged `{sale}`: `:permits` (the header), `:grants`, `:done`, `:buyers`, `:pending`. None expires: the
-//! server needs `maxmemory-policy noeviction`.
+//! Keys, all tagged `{sale}`: `:permits` (the header), `:grants`, `:done`, `:buyers`, `:pending`. None expires by itself:
+//! the server needs `maxmemory-policy noeviction`, and the guard drops those of sales that are over.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
 use fred::{
     clients::Client,
-    interfaces::{ClientLike, LuaInterface},
+    interfaces::{ClientLike, KeysInterface, LuaInterface},
     types::{
         Builder, FromValue, InfoKind,
         config::{Config, ReconnectPolicy},
@@ -90,16 +90,19 @@ impl Redis {
     }
 
     async fn call<R: FromValue>(&self, script: &Script, sale: &SaleId, args: Vec<String>) -> Result<R> {
-        let keys =
-            || ["permits", "grants", "done", "buyers", "pending"].map(|key| format!("{{{sale}}}:{key}")).to_vec();
-        match self.client.evalsha(script.sha.clone(), keys(), args.clone()).await {
+        match self.client.evalsha(script.sha.clone(), keys(sale), args.clone()).await {
             // A server that was restarted or replaced has not seen the script.
             Err(error) if error.details().starts_with("NOSCRIPT") => {
-                self.client.eval(script.text, keys(), args).await.map_err(fault)
+                self.client.eval(script.text, keys(sale), args).await.map_err(fault)
             }
             result => result.map_err(fault),
         }
     }
+}
+
+/// All that is kept of a sale.
+fn keys(sale: &SaleId) -> Vec<String> {
+    ["permits", "grants", "done", "buyers", "pending"].map(|key| format!("{{{sale}}}:{key}")).to_vec()
 }
 
 fn fault(error: fred::error::Error) -> Error {
@@ -381,6 +384,11 @@ impl Permits for Redis {
     async fn buyers(&self, sale: &SaleId) -> Result<Vec<BuyerId>> {
         let buyers: Vec<String> = self.call(&self.scripts.buyers, sale, Vec::new()).await?;
         buyers.iter().map(|buyer| BuyerId::parse(buyer)).collect()
+    }
+
+    async fn forget(&self, sale: &SaleId) -> Result<()> {
+        // Not DEL: a million grants are freed beside the server's other work.
+        self.client.unlink(keys(sale)).await.map_err(fault)
     }
 
     async fn fingerprint(&self) -> Result<String> {

@@ -201,6 +201,23 @@ async fn e13_lost_permits_fail_closed_and_no_refund_makes_them() {
 }
 
 #[tokio::test]
+async fn what_is_forgotten_is_as_if_it_were_lost() {
+    for (kind, permits) in implementations().await {
+        let (sale, other) = (opened(&*permits, 2, 1).await, opened(&*permits, 2, 1).await);
+        let (kept, lost) = (wish(new_hold(), "a", 1), wish(new_hold(), "b", 1));
+        assert!(matches!(acquire(&*permits, &sale, 1500, lost.clone()).await, Acquired::Fresh(_)), "{kind}");
+        assert!(matches!(acquire(&*permits, &other, 1500, kept.clone()).await, Acquired::Fresh(_)), "{kind}");
+        for _ in 0..2 {
+            permits.forget(&sale).await.unwrap();
+            assert_eq!(permits.header(&sale).await.unwrap(), None, "{kind}");
+            assert_eq!(permits.buyers(&sale).await.unwrap(), [], "{kind}");
+            assert_eq!(acquire(&*permits, &sale, 1500, lost.clone()).await, Acquired::Unavailable, "{kind}");
+        }
+        assert!(matches!(acquire(&*permits, &other, 1500, kept).await, Acquired::Again(_)), "{kind}");
+    }
+}
+
+#[tokio::test]
 async fn a_rebuild_claims_loads_and_opens_in_its_own_epoch_only() {
     for (kind, permits) in implementations().await {
         let sale = opened(&*permits, 5, 1).await;

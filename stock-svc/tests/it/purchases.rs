@@ -221,6 +221,43 @@ async fn e34_the_servers_clock_decides_when_a_sale_runs() {
     }
 }
 
+/// Permits cost memory for every order, and live on for a day after their sale.
+#[tokio::test]
+async fn the_permits_of_a_sale_that_is_over_are_dropped_running_or_at_the_next_start() {
+    const DAY: i64 = 24 * 3600 * 1000;
+    let (clock, now) = Clock::manual(1_000_000);
+    for mut world in worlds_with(impatient(), clock).await {
+        for restarts in [false, true] {
+            now.store(1_000_000, Ordering::SeqCst);
+            let until = |end_ms: i64| v1::CreateSaleRequest {
+                end_time: Some(prost_types::Timestamp { seconds: end_ms / 1000, nanos: 0 }),
+                ..create_request(5)
+            };
+            let over = world.create(until(2_000_000)).await;
+            let running = world.create(until(2_000_000 + 2 * DAY)).await;
+            hold(&world.client, &wanted(&over, "alice", 1)).await;
+            now.store(2_000_000 + DAY - 1, Ordering::SeqCst);
+            world.permits_are_back(&over).await;
+            assert!(world.permits().header(&over).await.unwrap().is_some(), "{}", world.name);
+            if restarts {
+                world.life.kill();
+            }
+            now.store(2_000_000 + DAY, Ordering::SeqCst);
+            if restarts {
+                world.restart().await;
+            }
+            eventually("they are dropped", async || {
+                world.permits().header(&over).await.unwrap().is_none().then_some(())
+            })
+            .await;
+            let late = acquire(&world.client, &wanted(&over, "bob", 1)).await;
+            assert_eq!(late, Got::Refused(Reason::SaleEnded), "{}", world.name);
+            world.permits_are_back(&running).await;
+            assert!(world.permits().header(&running).await.unwrap().is_some(), "{}", world.name);
+        }
+    }
+}
+
 #[tokio::test]
 async fn e38_all_held_becomes_a_purchase_when_a_hold_lapses_and_sold_out_never_does() {
     for world in worlds().await {
