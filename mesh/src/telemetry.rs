@@ -41,10 +41,10 @@ const MAX_SPANS_QUEUED: usize = 65_536;
 /// A batch links to each of its producers, and batches are up to several hundred: the default of 128 would cut it.
 const MAX_LINKS: u32 = 1024;
 
-/// From a call in process to a payment that drags on.
+/// From a call in process to a payment that drags on; finer where buyers begin to notice, and where targets are.
 const SECONDS: &[f64] = &[
-    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-    60.0,
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75,
+    1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 ];
 
 /// Batches double under load.
