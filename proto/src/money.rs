@@ -11,7 +11,8 @@ const NANOS_PER_UNIT: i128 = 1_000_000_000;
 /// An amount that is not negative, in one currency, in billionths of a unit.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Money {
-    currency: String,
+    /// Three capital letters.
+    currency: [u8; 3],
     nanos: i128,
 }
 
@@ -23,16 +24,17 @@ impl Money {
 
     /// Checks an amount by its parts, from the wire or from a table. `field` is named in the error.
     pub fn from_parts(field: &str, currency: &str, units: i64, nanos: i32) -> Result<Self> {
-        if currency.len() != 3 || !currency.bytes().all(|b| b.is_ascii_uppercase()) {
+        let letters = <[u8; 3]>::try_from(currency.as_bytes()).ok().filter(|c| c.iter().all(u8::is_ascii_uppercase));
+        let Some(currency) = letters else {
             return Err(Error::invalid(format!("{field}.currency_code"), "must be three capital letters"));
-        }
+        };
         if units < 0 {
             return Err(Error::invalid(format!("{field}.units"), "must not be negative"));
         }
         if !(0..1_000_000_000).contains(&nanos) {
             return Err(Error::invalid(format!("{field}.nanos"), "must be from 0 to 999999999"));
         }
-        Ok(Self { currency: currency.to_owned(), nanos: i128::from(units) * NANOS_PER_UNIT + i128::from(nanos) })
+        Ok(Self { currency, nanos: i128::from(units) * NANOS_PER_UNIT + i128::from(nanos) })
     }
 
     /// This much for each of `quantity` units. Refuses what would not fit the wire form.
@@ -40,7 +42,7 @@ impl Money {
         let nanos = self.nanos.checked_mul(i128::from(quantity));
         match nanos {
             Some(nanos) if nanos >= 0 && nanos / NANOS_PER_UNIT <= i128::from(i64::MAX) => {
-                Ok(Self { currency: self.currency.clone(), nanos })
+                Ok(Self { currency: self.currency, nanos })
             }
             _ => Err(Error::invalid("quantity", "makes the amount too large")),
         }
@@ -48,7 +50,7 @@ impl Money {
 
     /// ISO 4217.
     pub fn currency(&self) -> &str {
-        &self.currency
+        str::from_utf8(&self.currency).expect("it was made of letters")
     }
 
     /// Whole units.
@@ -70,13 +72,13 @@ impl Money {
 
 impl From<&Money> for WireMoney {
     fn from(money: &Money) -> Self {
-        Self { currency_code: money.currency.clone(), units: money.units(), nanos: money.nanos() }
+        Self { currency_code: money.currency().to_owned(), units: money.units(), nanos: money.nanos() }
     }
 }
 
 impl From<&Money> for Amount {
     fn from(money: &Money) -> Self {
-        Self { currency: money.currency.clone(), units: money.units(), nanos: money.nanos() }
+        Self { currency: money.currency().to_owned(), units: money.units(), nanos: money.nanos() }
     }
 }
 
