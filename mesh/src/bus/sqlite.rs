@@ -14,7 +14,7 @@ mod queue;
 mod recent;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     fmt,
     fs::{File, TryLockError},
     io,
@@ -164,16 +164,49 @@ impl Core {
     /// Runs calls in one transaction: either all of them happen or none.
     async fn run_all(self: Arc<Self>, calls: Vec<Call>) -> Vec<Result<Outcome, Error>> {
         let count = calls.len();
-        match self.with("transaction", move |queue| run_all(queue, calls)).await {
-            Ok((outcomes, wake)) => {
-                self.ring(wake);
-                outcomes.into_iter().map(Ok).collect()
-            }
+        let core = self.clone();
+        match self.with("transaction", move |queue| core.run_now(queue, calls)).await {
+            Ok(outcomes) => outcomes.into_iter().map(Ok).collect(),
             Err(error) => {
                 let error = Arc::new(error);
                 (0..count).map(|_| Err(unavailable("transaction", error.clone()))).collect()
             }
         }
+    }
+
+    /// On the queue's thread. Publishes first, so that the fetches find it. Publishes to one stream go together, and so do
+    /// the settlements of one consumer.
+    fn run_now(&self, queue: &mut Queue, calls: Vec<Call>) -> queue::Result<Vec<Outcome>> {
+        let mut publishes: BTreeMap<&'static str, Vec<(usize, Vec<Message>)>> = BTreeMap::new();
+        let mut settlements: BTreeMap<i64, Vec<(Delivery, Settlement)>> = BTreeMap::new();
+        let mut fetches = Vec::new();
+        let mut outcomes = Vec::with_capacity(calls.len());
+        for (place, call) in calls.into_iter().enumerate() {
+            match call {
+                Call::Publish(stream, messages) => publishes.entry(stream).or_default().push((place, messages)),
+                Call::Settle(consumer, some) => settlements.entry(consumer).or_default().extend(some),
+                Call::Fetch(consumer, max) => fetches.push((place, consumer, max)),
+            }
+            outcomes.push(Outcome::Settled);
+        }
+
+        let mut session = queue.begin()?;
+        for (stream, calls) in publishes {
+            let places: Vec<_> = calls.iter().map(|(place, messages)| (*place, messages.len())).collect();
+            let messages = calls.into_iter().flat_map(|(_, messages)| messages).collect();
+            let mut results = session.publish(stream, messages)?.into_iter();
+            for (place, len) in places {
+                outcomes[place] = Outcome::Published(results.by_ref().take(len).collect());
+            }
+        }
+        for (consumer, settlements) in settlements {
+            session.settle(consumer, settlements)?;
+        }
+        for (place, consumer, max) in fetches {
+            outcomes[place] = Outcome::Fetched(session.fetch(consumer, max)?);
+        }
+        self.ring(session.commit()?);
+        Ok(outcomes)
     }
 
     fn bell(&self, consumer: i64) -> Arc<Notify> {
@@ -185,42 +218,6 @@ impl Core {
             self.bell(consumer).notify_waiters();
         }
     }
-}
-
-/// What each call came to, and the consumers that may have something to fetch now.
-///
-/// Publishes first, so that the fetches find it. Publishes to one stream go together, and so do the settlements of one
-/// consumer.
-fn run_all(queue: &mut Queue, calls: Vec<Call>) -> queue::Result<(Vec<Outcome>, BTreeSet<i64>)> {
-    let mut publishes: BTreeMap<&'static str, Vec<(usize, Vec<Message>)>> = BTreeMap::new();
-    let mut settlements: BTreeMap<i64, Vec<(Delivery, Settlement)>> = BTreeMap::new();
-    let mut fetches = Vec::new();
-    let mut outcomes = Vec::with_capacity(calls.len());
-    for (place, call) in calls.into_iter().enumerate() {
-        match call {
-            Call::Publish(stream, messages) => publishes.entry(stream).or_default().push((place, messages)),
-            Call::Settle(consumer, some) => settlements.entry(consumer).or_default().extend(some),
-            Call::Fetch(consumer, max) => fetches.push((place, consumer, max)),
-        }
-        outcomes.push(Outcome::Settled);
-    }
-
-    let mut session = queue.begin()?;
-    for (stream, calls) in publishes {
-        let places: Vec<_> = calls.iter().map(|(place, messages)| (*place, messages.len())).collect();
-        let messages = calls.into_iter().flat_map(|(_, messages)| messages).collect();
-        let mut results = session.publish(stream, messages)?.into_iter();
-        for (place, len) in places {
-            outcomes[place] = Outcome::Published(results.by_ref().take(len).collect());
-        }
-    }
-    for (consumer, settlements) in settlements {
-        session.settle(consumer, settlements)?;
-    }
-    for (place, consumer, max) in fetches {
-        outcomes[place] = Outcome::Fetched(session.fetch(consumer, max)?);
-    }
-    Ok((outcomes, session.commit()?))
 }
 
 #[async_trait]
@@ -246,15 +243,14 @@ impl Bus for SqliteBus {
     }
 
     async fn consumer(&self, spec: ConsumerSpec) -> Result<Arc<dyn Consumer>, Error> {
-        let stream = spec.stream;
+        let (core, stream) = (self.core.clone(), spec.stream);
         let open = move |queue: &mut Queue| {
             let mut session = queue.begin()?;
             let id = session.open_consumer(&spec)?;
-            Ok((id, session.commit()?))
+            core.ring(session.commit()?);
+            Ok(id)
         };
-        let (opened, wake) = self.core.with("open a consumer", open).await?;
-        self.core.ring(wake);
-        let Some(id) = opened else {
+        let Some(id) = self.core.with("open a consumer", open).await? else {
             let message = format!("there is no stream {stream}");
             return Err(Error::Refused { operation: "open a consumer", message });
         };
@@ -284,15 +280,14 @@ impl Bus for SqliteBus {
     }
 
     async fn redrive(&self, id: &str) -> Result<Option<DeadLetter>, Error> {
-        let id = id.to_owned();
+        let (core, id) = (self.core.clone(), id.to_owned());
         let redrive = move |queue: &mut Queue| {
             let mut session = queue.begin()?;
             let letter = session.redrive(&id)?;
-            Ok((letter, session.commit()?))
+            core.ring(session.commit()?);
+            Ok(letter)
         };
-        let (letter, wake) = self.core.with("redrive", redrive).await?;
-        self.core.ring(wake);
-        letter.transpose()
+        self.core.with("redrive", redrive).await?.transpose()
     }
 
     async fn signal(&self, subject: &'static str, payload: Bytes) -> Result<(), Error> {
@@ -392,6 +387,8 @@ fn unavailable(operation: &'static str, source: impl std::error::Error + Send + 
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
     use crate::bus::{
         Headers, SharedBus,
@@ -516,6 +513,21 @@ mod tests {
         });
         assert!(matches!(panics.await, Err(Error::Unavailable { .. })));
         assert_eq!(bus.publish("S", vec![message(2)]).await.remove(0).unwrap().sequence, 1);
+    }
+
+    #[tokio::test]
+    async fn what_was_driven_again_is_heard_of_though_who_asked_for_it_went_away() {
+        let bus = SqliteBus::in_memory(Clock::tokio(), &TaskTracker::new()).await.unwrap();
+        let lane = lane(&bus).await;
+        bus.publish("S", vec![message(1)]).await;
+        let first = lane.fetch(1, Duration::ZERO).await.unwrap().remove(0);
+        lane.settle(vec![(first, Settlement::DeadLetter("as tested".into()))]).await.unwrap();
+        let letter = bus.dead_letters(None, 1).await.unwrap().remove(0);
+
+        let mut fetch = lane.fetch(1, Duration::from_secs(3_600));
+        assert!(timeout(Duration::from_millis(50), &mut fetch).await.is_err(), "there is nothing yet");
+        let _went_away = timeout(Duration::ZERO, bus.redrive(&letter.id)).await;
+        assert_eq!(timeout(Duration::from_secs(10), fetch).await.expect("the bell rang").unwrap().len(), 1);
     }
 
     #[tokio::test(start_paused = true)]
