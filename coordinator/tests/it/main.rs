@@ -139,12 +139,13 @@ async fn e11_an_order_that_the_sweep_may_have_overtaken_is_not_called_placed_bef
     let world = World::new().await;
     for publish in [Publish::Fails, Publish::Forgets] {
         world.bus.publishing(publish);
+        // Before it is published: what the bus forgot to acknowledge, the funnel has at once.
+        world.fakes.state().down.insert("lock");
         let request = RequestId::random();
         world.accept("alice", 1, &request).await.unwrap_err();
         let id = order_id("alice", &request);
         // So long ago that the sweep may be at work on it at this moment.
         world.fakes.state().holds.get_mut(&id.to_string()).unwrap().granted_at -= GRACE_MS;
-        world.fakes.state().down.insert("lock");
         world.bus.publishing(Publish::Works);
         for _ in 0..2 {
             let error = world.accept("alice", 1, &request).await.unwrap_err();
