@@ -185,7 +185,8 @@ impl Accept {
 
     /// No permit. Who asks again for an order that is closed is answered with it, even when the permits forgot (E6).
     /// Only as far as that costs little: a storm of refusals must not become a storm of reads on the database that
-    /// the funnel writes to. Holds that are open or sold outlive a loss of the permits, so no winner depends on this.
+    /// the funnel writes to. Holds that are open or sold outlive a loss of the permits, so no winner depends on this
+    /// before a day after the last payment is due; then permits are dropped.
     async fn refused(&self, wanted: &Wanted, error: Error) -> Result<Decided> {
         if is_fault(&error) {
             return Err(error);

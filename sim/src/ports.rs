@@ -341,7 +341,7 @@ impl Permits for Faulty<Kv> {
         permitted!(self, buyers(), async { self.behind.now().buyers(sale).await })
     }
 
-    async fn forget(&self, sale: &SaleId) -> Result<()> {
+    async fn forget(&self, sale: &SaleId) -> Result<bool> {
         permitted!(self, forget(), async { self.behind.now().forget(sale).await })
     }
 

@@ -42,9 +42,6 @@ const ALL_HELD_RETRY: Duration = Duration::from_secs(1);
 const FUNNEL_PATIENCE: Duration = Duration::from_millis(500);
 const FUNNEL_POLL: Duration = Duration::from_millis(20);
 
-/// Permits of sales that are over for longer were dropped by a process that ran then.
-const LOOK_BACK_MS: i64 = 30 * 24 * 3600 * 1000;
-
 /// Sales that a loop looks after at the same time.
 const AT_ONCE: usize = 16;
 
@@ -109,9 +106,8 @@ impl Engine {
             refunds: Notify::new(),
             suspicion: Notify::new(),
         }));
-        // With those that were live once and may still have permits: the guard drops them.
-        let known = engine.0.store.live_sales(engine.0.clock.now_ms() - LOOK_BACK_MS).await?;
-        engine.0.catalog.refresh(known);
+        let live = engine.0.store.live_sales(engine.0.clock.now_ms()).await?;
+        engine.0.catalog.refresh(live);
         // There from the start: an alert can tell zero from absent.
         metrics::counter!("seckill_admitted_but_refused_total").increment(0);
         engine.start_guard();
@@ -129,11 +125,14 @@ impl Engine {
             Ok(records) => records,
             Err(error) => return wishes.iter().map(|_| Admission::Refused(error.clone())).collect(),
         };
+        let now = self.0.clock.now_ms();
         let mut admissions: Vec<Option<Admission>> = vec![None; wishes.len()];
         let mut by_sale: BTreeMap<SaleId, Vec<(usize, Acquire, Money)>> = BTreeMap::new();
         for (index, (sale, wish)) in wishes.into_iter().enumerate() {
             // What cannot be priced is refused before it takes anything (I9).
             let amount = match records.get(&sale) {
+                // Its permits are dropped, or about to be: that they are missing is no reason to look after them.
+                Some(record) if !record.sale.is_live(now) => Err(ended()),
                 Some(record) => record.sale.price.times(wish.quantity),
                 None => Err(Error::not_found("sale")),
             };
@@ -144,7 +143,7 @@ impl Engine {
         }
         let calls = by_sale.into_iter().map(|(sale, wishes)| {
             let record = records[&sale].clone();
-            async move { self.acquire_of(&record, wishes).await }
+            async move { self.acquire_of(&record, now, wishes).await }
         });
         for (index, admission) in join_all(calls).await.into_iter().flatten() {
             admissions[index] = Some(admission);
@@ -152,9 +151,13 @@ impl Engine {
         admissions.into_iter().map(|a| a.unwrap_or_else(|| Admission::Refused(Error::internal("no answer")))).collect()
     }
 
-    async fn acquire_of(&self, record: &Record, wishes: Vec<(usize, Acquire, Money)>) -> Vec<(usize, Admission)> {
+    async fn acquire_of(
+        &self,
+        record: &Record,
+        now: i64,
+        wishes: Vec<(usize, Acquire, Money)>,
+    ) -> Vec<(usize, Admission)> {
         let sale = &record.sale;
-        let now = self.0.clock.now_ms();
         let batch = wishes.iter().map(|(_, wish, _)| wish.clone()).collect();
         let answered = self.0.permits.acquire(&sale.id, now, batch).await;
         let batch = match answered {
@@ -395,16 +398,18 @@ fn admission(sale: &Sale, acquired: Acquired, amount: Money, now: i64) -> Admiss
             Admission::Refused(error.with_retry_after(wait))
         }
         Acquired::Paused => refused(Reason::SalePaused, "the sale is paused"),
-        Acquired::Ended => refused(Reason::SaleEnded, "the sale has ended"),
+        Acquired::Ended => Admission::Refused(ended()),
         Acquired::SoldOut => refused(Reason::SoldOut, "sold out"),
         Acquired::AllHeld => {
             let error = Error::new(Reason::AllHeld, "all units are held, some may come back");
             Admission::Refused(error.with_retry_after(ALL_HELD_RETRY))
         }
-        // Long over: permits are not kept, and nobody's order is on its way.
-        Acquired::Unavailable if !sale.is_live(now) => refused(Reason::SaleEnded, "the sale has ended"),
         Acquired::Unavailable => refused(Reason::StockRebuilding, "the stock is being rebuilt"),
     }
+}
+
+fn ended() -> Error {
+    Error::new(Reason::SaleEnded, "the sale has ended")
 }
 
 fn outcome(acquired: &Acquired) -> &'static str {

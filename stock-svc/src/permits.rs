@@ -88,8 +88,9 @@ pub trait Permits: Send + Sync + fmt::Debug {
     /// Lists everybody who holds or owns something.
     async fn buyers(&self, sale: &SaleId) -> Result<Vec<BuyerId>>;
 
-    /// Drops all that is kept of a sale that is over: as if its permits were lost, and nobody rebuilds them.
-    async fn forget(&self, sale: &SaleId) -> Result<()>;
+    /// Drops all that is kept of a sale, as if its permits were lost; false when there was nothing. For sales that are
+    /// over: nobody rebuilds theirs.
+    async fn forget(&self, sale: &SaleId) -> Result<bool>;
 
     /// Who the server is: another answer than at a claim means that what was claimed may be lost or old (E14).
     async fn fingerprint(&self) -> Result<String>;

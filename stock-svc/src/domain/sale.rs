@@ -12,7 +12,7 @@ const MAX_LIMIT: i64 = 1_000_000;
 const DEFAULT_DURATION_MS: i64 = 30 * 24 * 3600 * 1000;
 const WINDOW_MS: std::ops::RangeInclusive<i64> = 1000..=7 * 24 * 3600 * 1000;
 const DEFAULT_WINDOW_MS: i64 = 900_000;
-/// A retry after the end still gets its grant back, and an order placed at the last moment is still found.
+/// Beyond the last order's payment window: a retry still gets its grant back, and whoever waits for payment is known.
 const LIVES_ON_MS: i64 = 24 * 3600 * 1000;
 
 /// The operators' last word.
@@ -82,15 +82,15 @@ impl Sale {
         }
     }
 
-    /// Whether permits are kept for it: until a day after its end.
+    /// Whether permits are kept for it: until a day after the last of its orders must have been paid.
     pub fn is_live(&self, now: i64) -> bool {
-        let closed_long_ago = self.verb == Verb::Closed && self.close_at <= now - LIVES_ON_MS;
-        self.end_at > now - LIVES_ON_MS && !closed_long_ago
+        let end_at = if self.verb == Verb::Closed { self.end_at.min(self.close_at) } else { self.end_at };
+        end_at + self.payment_window > now - LIVES_ON_MS
     }
 
     /// The oldest end that a live sale can have.
     pub fn live_since(now: i64) -> i64 {
-        now - LIVES_ON_MS
+        now - LIVES_ON_MS - WINDOW_MS.end()
     }
 
     /// What admission needs to know.

@@ -1,7 +1,11 @@
 //! The guard: looks at every live sale's permits a few times a second and says what is to be done about them. Those of a
-//! sale that is over it drops, since they cost memory for every order that was ever placed.
+//! sale that has stopped being live it drops, since they cost memory for every order that was ever placed.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt;
 use proto::{SaleId, error::Result};
@@ -18,8 +22,19 @@ const EVERY: Duration = Duration::from_millis(250);
 /// Between two looks, however many buyers find permits missing.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// A process that starts looks so far back for sales that nobody was there to drop the permits of.
+const LOOK_BACK_MS: i64 = 30 * 24 * 3600 * 1000;
+
 /// What was found odd before, by sale and epoch: some things are a fault only when they last.
 type Oddities = HashMap<(SaleId, i64), Instant>;
+
+/// What one look leaves to the next.
+#[derive(Debug)]
+struct Seen {
+    oddities: Oddities,
+    /// Sales that may have permits.
+    kept: HashSet<SaleId>,
+}
 
 /// What the permits need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +50,15 @@ pub(super) enum Need {
 
 impl Engine {
     pub(super) fn start_guard(&self) {
-        let oddities = Arc::new(Mutex::new(None));
+        let seen = Arc::new(Mutex::new(None));
         self.spawn_loop(
             "guard",
             EVERY,
             |inner| Some(&inner.suspicion),
             move |engine| {
-                let oddities = oddities.clone();
+                let seen = seen.clone();
                 async move {
-                    if let Err(error) = engine.guard(&mut *oddities.lock().await).await {
+                    if let Err(error) = engine.guard(&mut *seen.lock().await).await {
                         tracing::warn!(%error, "guarding permits failed");
                     }
                     tokio::time::sleep(PAUSE).await;
@@ -52,26 +67,25 @@ impl Engine {
         );
     }
 
-    async fn guard(&self, oddities: &mut Option<Oddities>) -> Result<()> {
-        let is_first = oddities.is_none();
-        let before = oddities.get_or_insert_default();
+    async fn guard(&self, seen: &mut Option<Seen>) -> Result<()> {
+        let is_first = seen.is_none();
         let now = self.0.clock.now_ms();
+        let seen = match seen {
+            Some(seen) => seen,
+            None => {
+                let once_live = self.0.store.live_sales(now - LOOK_BACK_MS).await?;
+                let kept = once_live.into_iter().map(|record| record.sale.id.clone()).collect();
+                seen.insert(Seen { oddities: Oddities::new(), kept })
+            }
+        };
         let live = self.0.store.live_sales(now).await?;
         let others = self.0.catalog.refresh(live.clone());
         // Among the others may be one that was made while the live ones were read.
-        for record in others.iter().filter(|record| !record.sale.is_live(now)) {
-            let sale = &record.sale.id;
-            match self.0.permits.forget(sale).await {
-                Ok(()) => tracing::info!(%sale, "permits of a sale that is over are dropped"),
-                Err(error) => {
-                    tracing::warn!(%sale, %error, "permits of a sale that is over could not be dropped");
-                    self.0.catalog.put(record.clone());
-                }
-            }
-        }
+        let over = others.into_iter().filter(|record| !record.sale.is_live(now));
+        seen.kept.extend(over.map(|record| record.sale.id.clone()));
         let server = self.0.permits.fingerprint().await?;
         let mut now_odd = Oddities::new();
-        for (header, record) in self.headers(live).await {
+        for (header, record) in self.headers(live.clone()).await {
             let sale = &record.sale.id;
             // One sale whose permits cannot be read, or are nonsense, must not keep the others unguarded.
             let header = match header {
@@ -93,7 +107,7 @@ impl Engine {
                 need @ Need::Patience(_) if is_first => self.rebuild_as_seen(sale, need),
                 need @ Need::Patience(patience) => {
                     let key = (sale.clone(), header.as_ref().map_or(0, |h| h.epoch));
-                    let since = before.get(&key).copied().unwrap_or_else(Instant::now);
+                    let since = seen.oddities.get(&key).copied().unwrap_or_else(Instant::now);
                     if since.elapsed() >= patience {
                         self.rebuild_as_seen(sale, need);
                     } else {
@@ -103,8 +117,28 @@ impl Engine {
             }
             self.0.signals.notice(&record, header.as_ref(), self.0.clock.now_ms());
         }
-        *before = now_odd;
+        seen.oddities = now_odd;
+        self.drop_all_but(&mut seen.kept, live.iter().map(|record| record.sale.id.clone()).collect()).await;
         Ok(())
+    }
+
+    /// Drops the permits of sales that have stopped being live. After the live ones: these can wait.
+    async fn drop_all_but(&self, kept: &mut HashSet<SaleId>, live: HashSet<SaleId>) {
+        let over: Vec<SaleId> = kept.difference(&live).cloned().collect();
+        kept.extend(live);
+        let drops = futures::stream::iter(over).map(|sale| async move { (self.0.permits.forget(&sale).await, sale) });
+        let mut drops = std::pin::pin!(drops.buffer_unordered(AT_ONCE));
+        while let Some((dropped, sale)) = drops.next().await {
+            match dropped {
+                Ok(was_there) => {
+                    if was_there {
+                        tracing::info!(%sale, "permits of a sale that is over are dropped");
+                    }
+                    kept.remove(&sale);
+                }
+                Err(error) => tracing::warn!(%sale, %error, "permits of a sale that is over could not be dropped"),
+            }
+        }
     }
 
     /// Whether a sale's permits need a rebuild still, where `seen` said so. A look at a thousand sales takes its time: one

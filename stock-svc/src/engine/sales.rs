@@ -77,9 +77,11 @@ impl Engine {
             return Err(Error::invalid("delta", "must not be zero"));
         }
         let (engine, sale) = (self.clone(), id.clone());
-        let before = Arc::new(move |_: Standing| -> BoxFuture<'static, Result<()>> {
+        let before = Arc::new(move |standing: Standing| -> BoxFuture<'static, Result<()>> {
             let (engine, sale) = (engine.clone(), sale.clone());
-            Box::pin(async move { if delta < 0 { engine.withdraw(&sale, -delta).await } else { Ok(()) } })
+            // A sale that is over has no permits that could be taken.
+            let withdraws = delta < 0 && standing.record.sale.is_live(engine.0.clock.now_ms());
+            Box::pin(async move { if withdraws { engine.withdraw(&sale, -delta).await } else { Ok(()) } })
         });
         let record = self.0.store.adjust(id, request, delta, self.0.clock.now_ms(), before).await?;
         self.0.refunds.notify_one();
@@ -120,7 +122,9 @@ impl Engine {
 
     /// Rebuilds the permits, and says how they stand then. STOCK_REBUILDING where that takes too long to wait for.
     pub(crate) async fn rebuild_stock(&self, id: &SaleId) -> Result<StockReport> {
-        self.0.store.standing(id).await?;
+        if !self.0.store.standing(id).await?.record.sale.is_live(self.0.clock.now_ms()) {
+            return Err(Error::illegal_state("ENDED", "the sale is over: no permits are kept for it"));
+        }
         self.rebuild_within(id, REBUILD_PATIENCE).await?;
         let report = self.get_stock(id).await?;
         match report.state() {

@@ -1,7 +1,8 @@
 //! Telling the gateways how sales stand, so that they can refuse from memory.
 //!
 //! A signal that a sale is empty carries a filter of the buyers who hold or own something of it: they are asked
-//! properly, so that a winner who retries is never told "sold out". It is read after its version was taken, so that a
+//! properly, so that a winner who retries is never told "sold out". Permits that are not whole cannot tell who they are:
+//! then everybody is asked. It is read after its version was taken, so that a
 //! unit that comes back and goes to somebody new meanwhile makes a newer signal. Signals may be lost; whoever is still
 //! refusing buyers is told again.
 
@@ -170,7 +171,10 @@ impl Engine {
             Vec::new()
         } else {
             let buyers = self.0.permits.buyers(sale).await?;
-            if buyers.len() <= FILTERED_AT_ONCE {
+            let after = self.0.permits.header(sale).await?;
+            if !knows_buyers(header.as_ref(), after.as_ref()) {
+                Vec::new()
+            } else if buyers.len() <= FILTERED_AT_ONCE {
                 filter(&buyers)
             } else {
                 // Tens of milliseconds for a hundred thousand buyers.
@@ -187,6 +191,12 @@ impl Engine {
         signalled.next = Some(Instant::now() + DEBOUNCE.max(started.elapsed() * COST_FACTOR));
         Ok(())
     }
+}
+
+/// Whether permits knew every buyer all the time between two looks: open, and not rebuilt in between.
+fn knows_buyers(before: Option<&Header>, after: Option<&Header>) -> bool {
+    let epoch = |header: Option<&Header>| header.filter(|h| h.phase == Phase::Open).map(|h| h.epoch);
+    epoch(before).is_some() && epoch(before) == epoch(after)
 }
 
 /// No bytes say that everybody may be in it.

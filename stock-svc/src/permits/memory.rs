@@ -54,13 +54,11 @@ impl Memory {
         Self { sales: RwLock::new(sales), ..Self::default() }
     }
 
-    /// One indivisible step on one sale.
+    /// One indivisible step on one sale. Permits that are not there stay so, whatever is asked of them: only a claim
+    /// makes some.
     fn with<T>(&self, sale: &SaleId, step: impl FnOnce(&mut permits::Permits) -> T) -> T {
         let known = self.sales.read().unwrap_or_else(PoisonError::into_inner).get(sale).cloned();
-        let slot = known.unwrap_or_else(|| {
-            self.sales.write().unwrap_or_else(PoisonError::into_inner).entry(sale.clone()).or_default().clone()
-        });
-        step(&mut slot.lock().unwrap_or_else(PoisonError::into_inner))
+        step(&mut known.unwrap_or_default().lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -99,7 +97,9 @@ impl Permits for Memory {
     }
 
     async fn claim(&self, sale: &SaleId, epoch: i64, facts: &Facts, server: &str) -> Result<Claimed> {
-        Ok(self.with(sale, |permits| permits.claim(epoch, facts, server)))
+        let mut sales = self.sales.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = sales.entry(sale.clone()).or_default();
+        Ok(slot.lock().unwrap_or_else(PoisonError::into_inner).claim(epoch, facts, server))
     }
 
     async fn load(&self, sale: &SaleId, epoch: i64, holds: Vec<Held>) -> Result<bool> {
@@ -134,9 +134,8 @@ impl Permits for Memory {
         Ok(self.with(sale, |permits| permits.buyers()))
     }
 
-    async fn forget(&self, sale: &SaleId) -> Result<()> {
-        self.sales.write().unwrap_or_else(PoisonError::into_inner).remove(sale);
-        Ok(())
+    async fn forget(&self, sale: &SaleId) -> Result<bool> {
+        Ok(self.sales.write().unwrap_or_else(PoisonError::into_inner).remove(sale).is_some())
     }
 
     async fn fingerprint(&self) -> Result<String> {

@@ -386,9 +386,10 @@ impl Permits for Redis {
         buyers.iter().map(|buyer| BuyerId::parse(buyer)).collect()
     }
 
-    async fn forget(&self, sale: &SaleId) -> Result<()> {
+    async fn forget(&self, sale: &SaleId) -> Result<bool> {
         // Not DEL: a million grants are freed beside the server's other work.
-        self.client.unlink(keys(sale)).await.map_err(fault)
+        let keys: i64 = self.client.unlink(keys(sale)).await.map_err(fault)?;
+        Ok(keys > 0)
     }
 
     async fn fingerprint(&self) -> Result<String> {

@@ -223,6 +223,7 @@ impl Store for SqlStore {
     }
 
     async fn live_sales(&self, now: i64) -> Result<Vec<Record>> {
+        // Few sales have the longest window that there can be: they are told from the others in memory.
         let since = stock_sale::Column::EndAt.gt(Sale::live_since(now));
         let mut records = self.sales.read(&self.db, stock_sale::Entity::find().filter(since)).await?;
         records.retain(|record| record.sale.is_live(now));

@@ -10,10 +10,12 @@ use std::{
 
 use futures::future::join_all;
 use mesh::{clock::Clock, testing::eventually};
+use prost::Message as _;
 use proto::{
     OrderId, Reason, RequestId, SaleId,
-    internal::{Grant, LockItem, LookupGrantsRequest, LookupResult, lookup_result},
-    v1,
+    filter::Filter,
+    internal::{Grant, LockItem, LookupGrantsRequest, LookupResult, SaleChanged, lookup_result},
+    subjects, v1,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use sea_orm::{ConnectionTrait, DbBackend, Statement};
@@ -221,28 +223,33 @@ async fn e34_the_servers_clock_decides_when_a_sale_runs() {
     }
 }
 
-/// Permits cost memory for every order, and live on for a day after their sale.
+/// Permits cost memory for every order, and live on for a day after the last one must have been paid. Without them nobody
+/// knows who has won: then gateways hear that everybody may have (E2).
 #[tokio::test]
 async fn the_permits_of_a_sale_that_is_over_are_dropped_running_or_at_the_next_start() {
-    const DAY: i64 = 24 * 3600 * 1000;
+    const WEEK: i64 = 7 * 24 * 3600 * 1000;
+    const OVER: i64 = 2_000_000 + WEEK + 24 * 3600 * 1000;
     let (clock, now) = Clock::manual(1_000_000);
     for mut world in worlds_with(impatient(), clock).await {
         for restarts in [false, true] {
             now.store(1_000_000, Ordering::SeqCst);
             let until = |end_ms: i64| v1::CreateSaleRequest {
                 end_time: Some(prost_types::Timestamp { seconds: end_ms / 1000, nanos: 0 }),
+                payment_window: Some(prost_types::Duration { seconds: WEEK / 1000, nanos: 0 }),
                 ..create_request(5)
             };
             let over = world.create(until(2_000_000)).await;
-            let running = world.create(until(2_000_000 + 2 * DAY)).await;
-            hold(&world.client, &wanted(&over, "alice", 1)).await;
-            now.store(2_000_000 + DAY - 1, Ordering::SeqCst);
+            let running = world.create(until(2_001_000)).await;
+            let winner = wanted(&over, "alice", 1);
+            hold(&world.client, &winner).await;
+            now.store(OVER - 1, Ordering::SeqCst);
             world.permits_are_back(&over).await;
+            assert!(matches!(acquire(&world.client, &winner).await, Got::Granted(_)), "{}", world.name);
             assert!(world.permits().header(&over).await.unwrap().is_some(), "{}", world.name);
             if restarts {
                 world.life.kill();
             }
-            now.store(2_000_000 + DAY, Ordering::SeqCst);
+            now.store(OVER, Ordering::SeqCst);
             if restarts {
                 world.restart().await;
             }
@@ -254,6 +261,30 @@ async fn the_permits_of_a_sale_that_is_over_are_dropped_running_or_at_the_next_s
             assert_eq!(late, Got::Refused(Reason::SaleEnded), "{}", world.name);
             world.permits_are_back(&running).await;
             assert!(world.permits().header(&running).await.unwrap().is_some(), "{}", world.name);
+
+            let rebuild = v1::RebuildStockRequest { sale: over.to_string(), ..Default::default() };
+            let refused = world.client.clone().rebuild_stock(rebuild).await.unwrap_err();
+            assert_eq!(proto::Error::from(refused).reason, Reason::IllegalState, "{}", world.name);
+            let mut signals = world.bus.listen(subjects::SALES_CHANGED).await.unwrap();
+            let lower = v1::AdjustStockRequest {
+                sale: over.to_string(),
+                delta: -4,
+                request_id: RequestId::random().to_string(),
+                ..Default::default()
+            };
+            let lowered = world.client.clone().adjust_stock(lower).await.unwrap().into_inner();
+            assert_eq!((lowered.total, lowered.available), (1, 0), "{}", world.name);
+            let told = async {
+                loop {
+                    let signal = SaleChanged::decode(signals.recv().await.unwrap()).unwrap();
+                    if signal.sale.as_ref().is_some_and(|sale| sale.name == over.name()) {
+                        return signal;
+                    }
+                }
+            };
+            let told = tokio::time::timeout(Duration::from_secs(10), told).await.expect("gateways are told");
+            assert!(Filter::from_bytes(&told.buyers).may_contain("alice"), "{}", world.name);
+            assert_eq!(world.permits().header(&over).await.unwrap(), None, "{}", world.name);
         }
     }
 }
