@@ -30,8 +30,9 @@ pub struct Config {
     #[arg(long, env = "SECKILL_FUNNEL_BATCH", default_value_t = Config::default().funnel_batch)]
     pub funnel_batch: usize,
 
-    /// Batches that the funnel works on at once. Another is begun beside one only where that is half full: in a rush they
-    /// overlap, and when it is quieter fewer and larger ones cost less. None where other replicas are to lock what this one accepts.
+    /// Batches that the funnel works on at once. Another is begun beside one that is half full at once, beside a smaller one
+    /// after 30 milliseconds: in a rush they overlap, and when it is quieter fewer and larger ones cost less. None where other
+    /// replicas are to lock what this one accepts.
     #[arg(long, env = "SECKILL_FUNNEL_WORKERS", default_value_t = Config::default().funnel_workers)]
     pub funnel_workers: usize,
 

@@ -37,8 +37,8 @@ use crate::{
 const MAX_PENDING: usize = 10_000;
 /// How long a fetch waits for the first message.
 const FETCH_WAIT: Duration = Duration::from_secs(1);
-/// Beside a small batch another is begun after this: on servers one takes thrice as long, and who came just after it was
-/// fetched would wait for all of it and then for its own.
+/// Beside a small batch another is begun after this. Embedded, most are done by then; on servers they are not, and whoever
+/// came just after one was fetched would wait for all of it and then for its own.
 const LONGEST_TURN: Duration = Duration::from_millis(30);
 /// An order that cannot be dealt with is told of after so many attempts, and again after as many: a minute or two each.
 const TOLD_EVERY: u32 = 32;

@@ -14,7 +14,8 @@
 //! before its batch started is not called for. Once a batch started, dropping a submitter cancels nothing.
 //!
 //! Calls in flight beside each other hide round trips in a rush, and make every batch small when it is quieter, which costs
-//! more CPU than it saves time. [`Limits::overlap_from`] has both: only a large batch has another begun beside it.
+//! more CPU than it saves time. [`Limits::overlap_from`] has both: a large batch has another begun beside it at once, a small
+//! one only when it takes long.
 
 use std::{
     future::Future,

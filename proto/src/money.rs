@@ -1,5 +1,7 @@
 //! Money: exact, one currency, never a float (E32).
 
+use std::fmt;
+
 use crate::{
     WireMoney,
     error::{Error, Result},
@@ -9,11 +11,17 @@ use crate::{
 const NANOS_PER_UNIT: i128 = 1_000_000_000;
 
 /// An amount that is not negative, in one currency, in billionths of a unit.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Money {
     /// Three capital letters.
     currency: [u8; 3],
     nanos: i128,
+}
+
+impl fmt::Debug for Money {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}.{:09}", self.currency(), self.units(), self.nanos())
+    }
 }
 
 impl Money {

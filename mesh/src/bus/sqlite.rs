@@ -47,7 +47,7 @@ use crate::{
 /// How long to wait for another process to let go of the file: one that was just killed, usually.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
 
-/// Calls, not messages: a few dozen batches fill a transaction. One in flight, because there is one connection.
+/// Calls, not messages: a few dozen batches fill a transaction. One in flight, because there is one thread.
 const LIMITS: Limits = Limits { max_items: 64, in_flight: 1, queue: 4_096, ..Limits::DEFAULT };
 
 /// The embedded bus. See the module.
@@ -125,9 +125,11 @@ impl SqliteBus {
                 return;
             }
             for job in queued {
-                // What panics is told to nobody, which whoever asked for it notices. Its transaction was taken back, and
-                // the queue knows.
-                let _ = panic::catch_unwind(AssertUnwindSafe(|| job(&mut queue)));
+                // Whoever asked learns it from the answer that never comes. The transaction was taken back while the
+                // stack unwound, and the queue knows.
+                if panic::catch_unwind(AssertUnwindSafe(|| job(&mut queue))).is_err() {
+                    tracing::error!("a call of the bus panicked");
+                }
             }
         };
         thread::Builder::new().name("bus".to_owned()).spawn(work).map_err(|e| unavailable("open", e))?;
@@ -378,7 +380,7 @@ fn lock_file(path: &Path) -> io::Result<File> {
 
 /// The queue's thread has ended, or what was asked of it panicked.
 #[derive(Debug, thiserror::Error)]
-#[error("the bus has stopped")]
+#[error("the bus has stopped, or the call panicked")]
 struct Stopped;
 
 fn unavailable(operation: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> Error {

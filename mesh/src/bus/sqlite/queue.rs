@@ -1,8 +1,8 @@
 //! The queue in its file: SQL for what must survive, a mirror in memory for what decides quickly.
 //!
 //! The mirror holds the streams, their subjects, the consumers and their pending messages, never a message itself; its
-//! size is bounded by the sum of the consumers' `max_pending` and the ids of two minutes. Everything goes through one [`Session`] at a time, which
-//! is one transaction. A session that ends without [`Session::commit`] rolls back and leaves the mirror untrusted: it
+//! size is bounded by the sum of the consumers' `max_pending` and the ids of two minutes. Everything goes through one
+//! [`Session`] at a time, which is one transaction. A session that ends without [`Session::commit`] rolls back and leaves the mirror untrusted: it
 //! is read from the file again before the next use. Only the due times, which the file does not know, are then kept.
 
 use std::{
