@@ -154,8 +154,13 @@ impl Lanes {
     async fn expire(&self, ids: Vec<OrderId>) -> Result<Vec<Verdict>> {
         let engine = &self.0.engine;
         let now = engine.context().calls.clock.now_ms();
-        let change =
-            |saga_id| Change { saga_id, event: Event::DeadlinePassed, patch: Patch::default(), guard: Guard::Due(now) };
+        let change = |saga_id| Change {
+            saga_id,
+            event: Event::DeadlinePassed,
+            patch: Patch::default(),
+            guard: Guard::Due(now),
+            seen: None,
+        };
         // Not waiting behind buyers: the engine is asked itself.
         let verdicts = engine.apply(ids.into_iter().map(change).collect()).await?;
         let expired: Vec<Row> = verdicts.iter().filter_map(|v| v.as_ref().ok()).cloned().collect();

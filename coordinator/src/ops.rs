@@ -208,7 +208,7 @@ impl Ops {
 }
 
 async fn abandon<S: Saga>(engine: &Engine<S>, row: &Row, event: S::Event, patch: Patch) -> Result<Verdict> {
-    let change = Change { saga_id: row.saga_id, event, patch, guard: Guard::Stuck(row.version) };
+    let change = Change { saga_id: row.saga_id, event, patch, guard: Guard::Stuck(row.version), seen: None };
     let mut verdicts = engine.apply(vec![change]).await?;
     verdicts.pop().ok_or_else(|| Error::internal("no verdict"))
 }

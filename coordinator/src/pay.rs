@@ -121,8 +121,13 @@ impl Counter {
         if order_state(&row) == OrderState::Cancelled {
             return Ok(self.sagas.view(&row).await);
         }
-        let change =
-            Change { saga_id: order_id, event: Event::CancelRequested, patch: Patch::default(), guard: Guard::None };
+        let change = Change {
+            saga_id: order_id,
+            event: Event::CancelRequested,
+            patch: Patch::default(),
+            guard: Guard::None,
+            seen: Some(row),
+        };
         let after = match self.sagas.change(change).await? {
             Ok(cancelling) => self.sagas.drive(cancelling).await,
             Err(rejected) => rejected.current.ok_or_else(|| Error::not_found("order"))?,
@@ -163,7 +168,7 @@ impl Counter {
 
     /// Records what the provider said and does what follows from it. Whoever was faster has said the same.
     async fn move_on(&self, paying: &Row, event: Event, patch: Patch, guard: Guard) -> Result<Row> {
-        let change = Change { saga_id: paying.saga_id, event, patch, guard };
+        let change = Change { saga_id: paying.saga_id, event, patch, guard, seen: Some(paying.clone()) };
         let row = match self.sagas.change(change).await? {
             Ok(row) => row,
             Err(rejected) => rejected.current.ok_or_else(|| Error::not_found("order"))?,
@@ -180,7 +185,7 @@ pub fn attempt(row: &Row, request: &PayRequest) -> Change<OrderSaga> {
         request_id: request.request_id.to_string(),
     };
     let patch = Patch { payment: Some(payment), ..Patch::default() };
-    Change { saga_id: row.saga_id, event: Event::PayRequested, patch, guard: Guard::None }
+    Change { saga_id: row.saga_id, event: Event::PayRequested, patch, guard: Guard::None, seen: Some(row.clone()) }
 }
 
 /// Whether the provider has not decided.

@@ -140,7 +140,8 @@ impl Settler {
         let mut changes = Vec::new();
         let mut changing = Vec::new();
         for (delivery, id, status) in announced {
-            let meaning = sagas.get(&id).map(|row| meaning(row, &status, now, self.grace_ms));
+            let seen = sagas.get(&id);
+            let meaning = seen.map(|row| meaning(row, &status, now, self.grace_ms));
             match meaning {
                 None => {
                     tracing::error!(order = %id, state = status.state().as_str_name(), "a payment of an order without a saga");
@@ -149,7 +150,7 @@ impl Settler {
                 Some(Meaning::Nothing) => settled.push((delivery, Settlement::Ack)),
                 Some(Meaning::Later(delay)) => settled.push((delivery, Settlement::Nak(delay))),
                 Some(Meaning::Happened(event, patch, guard)) => {
-                    changes.push(Change { saga_id: id, event, patch, guard });
+                    changes.push(Change { saga_id: id, event, patch, guard, seen: seen.cloned() });
                     changing.push((delivery, id, status));
                 }
             }

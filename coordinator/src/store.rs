@@ -246,6 +246,10 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Changes sagas: one verdict per id, in order. An id may come twice; the second sees what the first left.
     async fn change(&self, ids: Vec<OrderId>, decide: Decide) -> Result<Vec<Verdict>>;
 
+    /// Writes sagas and their entries as they are to be, without reading them: all of them where each has made no other
+    /// transition than those before its entry, otherwise none, and `false`. No saga may come twice.
+    async fn advance(&self, moves: Vec<(Row, Entry)>) -> Result<bool>;
+
     /// Notes when to try again, where it is still the turn of whoever tried. No transition, no entry.
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()>;
 

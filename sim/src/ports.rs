@@ -180,6 +180,10 @@ impl sagas::Store for Faulty<dyn sagas::Store> {
         stored!(self, change(ids), self.behind.change(ids.clone(), decide))
     }
 
+    async fn advance(&self, moves: Vec<(sagas::Row, sagas::Entry)>) -> Result<bool> {
+        stored!(self, advance(moves), self.behind.advance(moves.clone()))
+    }
+
     async fn postpone(&self, postponed: Vec<sagas::Postponed>) -> Result<()> {
         stored!(self, postpone(postponed), self.behind.postpone(postponed.clone()))
     }

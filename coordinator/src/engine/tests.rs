@@ -23,7 +23,7 @@ use super::{
     replay,
     runner::{Change, Direction, Engine, Guard, Limits},
 };
-use crate::store::{Patch, Row, SharedStore, sql::SqlStore, tests::new_row};
+use crate::store::{Patch, Row, SharedStore, Verdict, sql::SqlStore, tests::new_row};
 
 /// Quick, and soon stuck.
 pub(crate) const POLICY: Policy = Policy {
@@ -258,7 +258,7 @@ async fn a_step_that_uses_up_its_attempts_is_stuck_until_an_operator_helps() {
     assert!(!world.store.retry(row.saga_id, 0).await.unwrap(), "not stuck any more");
     // Whoever would give up on what another has just put back to work.
     let guard = Guard::Stuck(stuck.version);
-    let late = Change { saga_id: row.saga_id, event: Event::Finished, patch: Patch::default(), guard };
+    let late = Change { saga_id: row.saga_id, event: Event::Finished, patch: Patch::default(), guard, seen: None };
     assert!(world.engine.apply(vec![late]).await.unwrap()[0].is_err());
     world.recover().await;
     assert_eq!(world.stored(&row).await.state, "DONE");
@@ -352,7 +352,7 @@ async fn whoever_cannot_finish_within_its_lease_says_so_while_the_turn_is_its_ow
 async fn an_outcome_that_comes_too_late_changes_nothing() {
     let world = World::new().await;
     let row = world.begin().await;
-    let change = |event, guard| Change { saga_id: row.saga_id, event, patch: Patch::default(), guard };
+    let change = |event, guard| Change { saga_id: row.saga_id, event, patch: Patch::default(), guard, seen: None };
     let verdicts = world
         .engine
         .apply(vec![
@@ -369,6 +369,38 @@ async fn an_outcome_that_comes_too_late_changes_nothing() {
         .collect();
     let expected = [Ok("UNDOING"), Err("UNDOING"), Ok("UNDONE"), Err("UNDONE")];
     assert_eq!(states, expected.map(|s| s.map(str::to_owned).map_err(str::to_owned)));
+}
+
+/// What the caller has seen spares reading, and decides nothing: not what has moved on, nor whether a saga is stuck.
+#[tokio::test]
+async fn what_was_seen_counts_only_while_it_is_so() {
+    let world = World::new().await;
+    let (one, two) = (world.begin().await, world.begin().await);
+    let change = |row: &Row, event, guard| Change {
+        saga_id: row.saga_id,
+        event,
+        patch: Patch::default(),
+        guard,
+        seen: Some(row.clone()),
+    };
+    let states = |verdicts: Vec<Verdict>| -> Vec<Result<String, String>> {
+        let seen = |v: Verdict| v.map(|row| row.state).map_err(|rejected| rejected.current.unwrap().state);
+        verdicts.into_iter().map(seen).collect()
+    };
+    let first = vec![
+        change(&one, Event::Decided, Guard::Version(1)),
+        change(&one, Event::Refused, Guard::None),
+        change(&two, Event::Finished, Guard::None),
+        change(&two, Event::Decided, Guard::Stuck(1)),
+    ];
+    let expected = [Ok("DECIDED"), Err("DECIDED"), Err("BUILDING"), Err("BUILDING")];
+    let expected = expected.map(|s| s.map(str::to_owned).map_err(str::to_owned));
+    assert_eq!(states(world.engine.apply(first).await.unwrap()), expected);
+    // The one has moved on since it was seen, the other has not.
+    let second = vec![change(&two, Event::Decided, Guard::Version(1)), change(&one, Event::Refused, Guard::Version(1))];
+    let expected = [Ok("DECIDED".to_owned()), Err("DECIDED".to_owned())];
+    assert_eq!(states(world.engine.apply(second).await.unwrap()), expected);
+    assert_eq!(world.stored(&two).await.version, 2);
 }
 
 #[tokio::test]

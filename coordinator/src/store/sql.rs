@@ -3,7 +3,8 @@
 //! A batch is a handful of statements, however many sagas it holds: rows are locked by one select in order of their
 //! ids, so that two batches cannot deadlock, the log gets one multi-row insert, and one statement sets every column that
 //! changed. The log's primary key, (saga, version), is the compare-and-set: whatever
-//! else may fail, two transitions from one version cannot both be written.
+//! else may fail, two transitions from one version cannot both be written. Whoever has just seen a saga need not read it
+//! again, for that reason ([`Store::advance`]).
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -303,7 +304,7 @@ async fn write_log(tx: &DatabaseTransaction, entries: &[(OrderId, Entry)], repla
     Ok(())
 }
 
-/// One statement for many rows. They are there and locked: the insert's only effect is to carry the new values of all
+/// One statement for many rows. They are there: the insert's only effect is to carry the new values of all
 /// of them. (An UPDATE with a CASE per column does the same at a cost that grows with the square of the batch.) It names
 /// every column that may change, changed or not: texts that differ by what changed would crowd each other out of the
 /// connections' caches, and parsing one takes longer than running it.
@@ -401,6 +402,30 @@ impl Store for SqlStore {
         })
         .await?;
         Ok(verdicts)
+    }
+
+    async fn advance(&self, mut moves: Vec<(Row, Entry)>) -> Result<bool> {
+        // Rows before entries, and in order of their ids: as whoever reads them locks them.
+        moves.sort_unstable_by_key(|(row, _)| row.saga_id);
+        let (rows, entries): (Vec<Row>, Vec<(OrderId, Entry)>) =
+            moves.into_iter().map(|(row, entry)| (row.clone(), (row.saga_id, entry))).unzip();
+        let moves = std::sync::Arc::new((rows, entries));
+        let written = sql::transaction(&self.db, move |tx| {
+            let moves = moves.clone();
+            Box::pin(async move {
+                let (rows, entries) = moves.as_ref();
+                for chunk in sql::chunks(rows) {
+                    write_rows(tx, chunk).await?;
+                }
+                write_log(tx, entries, false).await
+            })
+        });
+        match written.await {
+            Ok(()) => Ok(true),
+            // Somebody was faster: the entry of the same version is there. The rows were not written either.
+            Err(SqlError::Db(error)) if sql::is_duplicate(&error) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()> {

@@ -169,6 +169,77 @@ async fn e23_of_many_rivals_exactly_one_makes_the_transition() {
     .await;
 }
 
+/// A move that was decided on the row as it was seen.
+fn guess(seen: &Row, to: &'static str) -> (Row, Entry) {
+    let from = if seen.state == "AWAITING_PAYMENT" { "AWAITING_PAYMENT" } else { "PAYING" };
+    moving(from, to, |_| Patch::default())(0, seen).unwrap()
+}
+
+#[tokio::test]
+async fn what_was_seen_advances_as_a_whole_or_not_at_all() {
+    on_each(async |store, kind| {
+        let rows: Vec<Row> = (0..600).map(|_| new_row(new_id())).collect();
+        insert(&store, &rows).await;
+        let ids: Vec<OrderId> = rows.iter().map(|row| row.saga_id).collect();
+        let moves: Vec<(Row, Entry)> = rows.iter().map(|row| guess(row, "PAYING")).collect();
+        assert!(store.advance(moves.clone()).await.unwrap(), "{kind}");
+        let stored = store.load(&ids).await.unwrap();
+        assert!(moves.iter().all(|(row, _)| stored[&row.saga_id] == *row), "{kind}");
+        assert_eq!(store.log(ids[7]).await.unwrap().len(), 2, "{kind}");
+
+        assert!(!store.advance(moves).await.unwrap(), "{kind}: done before");
+        // Seen before somebody else moved it, once and twice.
+        let behind = guess(&rows[0], "EXPIRING");
+        let ahead = guess(&stored[&ids[1]], "CAPTURED");
+        assert!(!store.advance(vec![ahead.clone(), behind.clone()]).await.unwrap(), "{kind}");
+        assert!(store.advance(vec![guess(&stored[&ids[0]], "CAPTURED")]).await.unwrap(), "{kind}");
+        assert!(!store.advance(vec![behind]).await.unwrap(), "{kind}");
+        assert_eq!(load(&store, ids[1]).await, stored[&ids[1]], "{kind}: none of them");
+        assert_eq!(store.log(ids[1]).await.unwrap().len(), 2, "{kind}");
+        assert_eq!(load(&store, ids[0]).await.state, "CAPTURED", "{kind}");
+        // Leased, or reported stuck, since it was seen: no transition.
+        let leased = store.claim(orders(&["PAYING"]), 0, 5_000, 1).await.unwrap();
+        assert!(leased.is_empty(), "{kind}");
+        assert!(store.advance(vec![ahead.clone()]).await.unwrap(), "{kind}");
+        assert_eq!(load(&store, ids[1]).await, ahead.0, "{kind}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn e23_of_rivals_who_read_and_rivals_who_have_seen_exactly_one_makes_the_transition() {
+    on_each(async |store, kind| {
+        for _ in 0..10 {
+            let rows: Vec<Row> = (0..20).map(|_| new_row(new_id())).collect();
+            insert(&store, &rows).await;
+            let rivals = (0..8).map(|n| {
+                let (store, mut rows) = (store.clone(), rows.clone());
+                // Whatever the order in which they come.
+                rows.rotate_left(n * 2);
+                tokio::spawn(async move {
+                    if n % 2 == 0 {
+                        let moves = rows.iter().map(|row| guess(row, "PAYING")).collect();
+                        usize::from(store.advance(moves).await.unwrap()) * rows.len()
+                    } else {
+                        let ids = rows.iter().map(|row| row.saga_id).collect();
+                        let expiring = moving("AWAITING_PAYMENT", "EXPIRING", |_| Patch::default());
+                        store.change(ids, expiring).await.unwrap().iter().filter(|verdict| verdict.is_ok()).count()
+                    }
+                })
+            });
+            let mut won = 0;
+            for rival in rivals.collect::<Vec<_>>() {
+                won += rival.await.unwrap();
+            }
+            assert_eq!(won, rows.len(), "{kind}");
+            let ids: Vec<OrderId> = rows.iter().map(|row| row.saga_id).collect();
+            let after = store.load(&ids).await.unwrap();
+            assert!(after.values().all(|row| row.version == 2 && row.state == after[&ids[0]].state), "{kind}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_claim_leases_what_is_due_to_one_claimant() {
     on_each(async |store, kind| {

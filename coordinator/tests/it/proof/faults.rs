@@ -306,6 +306,15 @@ impl Store for FaultyStore {
         Ok(verdicts)
     }
 
+    async fn advance(&self, moves: Vec<(Row, Entry)>) -> Result<bool> {
+        let events: Vec<Place> = moves.iter().map(|(row, _)| Place::Event(row.kind.clone(), row.version)).collect();
+        let advanced = stored!(self, self.behind.advance(moves))?;
+        for event in events.into_iter().filter(|_| advanced) {
+            self.faults.pass(event).await;
+        }
+        Ok(advanced)
+    }
+
     async fn postpone(&self, postponed: Vec<Postponed>) -> Result<()> {
         let errors = postponed.iter().map(|later| later.last_error.clone());
         self.faults.state().blamed.extend(errors.filter(|error| error.contains(LOST)));
